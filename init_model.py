@@ -1,0 +1,27 @@
+"""Make a new, untrained model with a tokenizer of its own: ``python init_model.py --config configs/base_init.yaml``."""
+
+import logging
+from pathlib import Path
+
+from jsonargparse import auto_cli
+
+from lightning_knnmt.backbone.scratch import MarianSize, init_marian
+from lightning_knnmt.data.datamodule import load_split
+
+
+def init(train: Path, out: Path, size: MarianSize = MarianSize(), seed: int = 1) -> None:
+    """Train joint subwords on a corpus and write them with randomly initialised weights.
+
+    Args:
+        train: Training split, a file written by `prepare_data.py`.
+        out: Folder of the new model.
+        size: Sizes of the model.
+        seed: Seed of the weights.
+    """
+    pairs = load_split(train)
+    init_marian((text for pair in pairs for text in (pair.src, pair.tgt)), out, size, seed)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    auto_cli(init, as_positional=False)

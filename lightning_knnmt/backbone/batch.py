@@ -1,0 +1,54 @@
+"""A padded batch of sentences."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+IGNORED = -100
+
+
+@dataclass
+class Batch:
+    """B tokenized sentences, and their translations where they are known.
+
+    Attributes:
+        input_ids: Source tokens, shape (B, S), padded.
+        attention_mask: 1 for source tokens, 0 for padding, shape (B, S).
+        labels: Target tokens, shape (B, T), padded with -100; None when translating.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch on another device."""
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=non_blocking)
+        return Batch(
+            self.input_ids.to(device, non_blocking=non_blocking),
+            self.attention_mask.to(device, non_blocking=non_blocking),
+            labels,
+        )
+
+    @property
+    def target_mask(self) -> Tensor:
+        """True where a label is a token, shape (B, T)."""
+        if self.labels is None:
+            raise ValueError("the batch has no labels, expected a batch made with target texts")
+        return self.labels != IGNORED
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def pad(rows: list[list[int]], value: int) -> Tensor:
+    """Right-pad lists of token ids to one tensor of shape (B, longest)."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long)
+
+
+def collate(sources: list[list[int]], targets: list[list[int]] | None, pad_id: int) -> Batch:
+    """Pad tokenized sentences to a batch."""
+    mask = pad([[1] * len(row) for row in sources], 0)
+    return Batch(pad(sources, pad_id), mask, None if targets is None else pad(targets, IGNORED))

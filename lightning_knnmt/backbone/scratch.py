@@ -1,0 +1,98 @@
+"""A new translation model: joint subwords from a corpus and randomly initialised Marian weights."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast
+
+log = logging.getLogger(__name__)
+
+PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
+    """Train a joint unigram subword vocabulary; every sequence ends in ``</s>``."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" {2,}", " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocabulary_size, special_tokens=[PAD, EOS, UNK], unk_token=UNK, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK)
+
+
+@dataclass(frozen=True)
+class MarianSize:
+    """Sizes of a Marian model.
+
+    Attributes:
+        vocabulary: Number of joint subwords.
+        d_model: Size of the states, and so D of the keys.
+        encoder_layers: Encoder blocks.
+        decoder_layers: Decoder blocks.
+        heads: Attention heads per block.
+        ffn: Size of the feed-forward layers.
+        dropout: Dropout rate while training.
+        positions: Longest sequence, in tokens.
+    """
+
+    vocabulary: int = 8000
+    d_model: int = 128
+    encoder_layers: int = 4
+    decoder_layers: int = 2
+    heads: int = 4
+    ffn: int = 512
+    dropout: float = 0.1
+    positions: int = 512
+
+
+def init_marian(texts: Iterable[str], out: Path, size: MarianSize, seed: int = 1) -> None:
+    """Write a Hugging Face folder with a new tokenizer and a randomly initialised Marian model.
+
+    Args:
+        texts: Sentences of both languages, for the subwords.
+        out: The folder.
+        size: Sizes of the model.
+        seed: Seed of the weights.
+    """
+    tokenizer = train_tokenizer(texts, size.vocabulary)
+    tokenizer.model_max_length = size.positions
+    config = MarianConfig(
+        vocab_size=len(tokenizer),
+        d_model=size.d_model,
+        encoder_layers=size.encoder_layers,
+        decoder_layers=size.decoder_layers,
+        encoder_attention_heads=size.heads,
+        decoder_attention_heads=size.heads,
+        encoder_ffn_dim=size.ffn,
+        decoder_ffn_dim=size.ffn,
+        dropout=size.dropout,
+        activation_function="relu",
+        scale_embedding=True,
+        init_std=size.d_model**-0.5,
+        max_position_embeddings=size.positions,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        forced_eos_token_id=tokenizer.eos_token_id,
+    )
+    torch.manual_seed(seed)
+    model = MarianMTModel(config)
+    model.generation_config.bad_words_ids = [[tokenizer.pad_token_id]]
+    model.generation_config.max_length = None
+    model.generation_config.max_new_tokens = size.positions // 2
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    log.info("%s: %d tokens, %.2f M parameters", out, len(tokenizer), model.num_parameters() / 1e6)

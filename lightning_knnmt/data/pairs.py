@@ -1,0 +1,19 @@
+"""The unit of a parallel corpus."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One source segment and its translation.
+
+    Attributes:
+        src: Source text, one segment, no line breaks.
+        tgt: Target text, one segment, no line breaks.
+        document: Name of the page or file that the pair comes from; splits keep a document together.
+            Empty where the corpus has no documents.
+    """
+
+    src: str
+    tgt: str
+    document: str = ""

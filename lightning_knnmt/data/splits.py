@@ -1,0 +1,149 @@
+"""Train, validation and test splits that share no source, written with counts and hashes."""
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_knnmt.data.pairs import Pair
+
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """How a corpus is divided.
+
+    A unit is a document where the corpus has documents and `by` says so, else one source text with all its
+    translations.
+
+    Attributes:
+        validation: Number of units held out for validation.
+        test: Number of units held out for testing.
+        min_words: Held-out sources have at least this many words; shorter ones of held-out documents are dropped.
+        by: What is kept together.
+        seed: Seed of the draw.
+    """
+
+    validation: int
+    test: int
+    min_words: int = 1
+    by: str = "document"
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        if self.by not in ("document", "source"):
+            raise ValueError(f"by is {self.by!r}, expected 'document' or 'source'")
+        if min(self.validation, self.test) < 0:
+            raise ValueError(f"validation is {self.validation} and test is {self.test}, expected 0 or more")
+
+
+def source_key(text: str) -> str:
+    """The form under which two sources count as the same: case and white space aside."""
+    return " ".join(text.casefold().split())
+
+
+def split(
+    pairs: Iterable[Pair], config: SplitConfig, exclude: frozenset[str] = frozenset()
+) -> tuple[dict[str, list[Pair]], Counter[str]]:
+    """Divide pairs into splits without a source in common.
+
+    Repeated pairs are kept once. A held-out source that also occurs in the training split is dropped from the
+    held-out one, so that no test source is in a datastore built from the training split.
+
+    Args:
+        pairs: The corpus.
+        config: Sizes, unit and seed.
+        exclude: Texts, as `source_key` writes them; pairs with such a source or target are dropped.
+
+    Returns:
+        The splits by name, and how many pairs were dropped, by reason.
+
+    Raises:
+        ValueError: The corpus has too few units to draw from.
+    """
+    dropped: Counter[str] = Counter()
+    units: dict[str, list[Pair]] = {}
+    seen: set[tuple[str, str]] = set()
+    for pair in pairs:
+        if (pair.src, pair.tgt) in seen:
+            dropped["repeated"] += 1
+        elif exclude and (source_key(pair.src) in exclude or source_key(pair.tgt) in exclude):
+            dropped["excluded"] += 1
+        else:
+            seen.add((pair.src, pair.tgt))
+            unit = pair.document if config.by == "document" and pair.document else source_key(pair.src)
+            units.setdefault(unit, []).append(pair)
+
+    eligible = sorted(unit for unit, members in units.items() if any(_long_enough(m, config) for m in members))
+    wanted = config.validation + config.test
+    if wanted > len(eligible):
+        raise ValueError(
+            f"validation + test is {wanted} units, but only {len(eligible)} {config.by} units have a source of "
+            f"min_words={config.min_words} words or more; lower validation, test or min_words"
+        )
+    drawn = random.Random(config.seed).sample(eligible, wanted)
+    held_out = {"validation": drawn[: config.validation], "test": drawn[config.validation :]}
+
+    splits = {"train": [pair for unit, members in units.items() if unit not in set(drawn) for pair in members]}
+    taken = {source_key(pair.src) for pair in splits["train"]}
+    for name in ("test", "validation"):
+        splits[name] = []
+        for pair in (pair for unit in held_out[name] for pair in units[unit]):
+            key = source_key(pair.src)
+            if key in taken:
+                dropped[f"{name}: source in another split"] += 1
+            elif not _long_enough(pair, config):
+                dropped[f"{name}: under min_words"] += 1
+            else:
+                taken.add(key)
+                splits[name].append(pair)
+    return splits, dropped
+
+
+def _long_enough(pair: Pair, config: SplitConfig) -> bool:
+    return len(pair.src.split()) >= config.min_words
+
+
+def write_splits(folder: Path, splits: Mapping[str, Sequence[Pair]], facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `train.jsonl`, `validation.jsonl`, `test.jsonl` and `splits.json` with counts, hashes and `facts`.
+
+    Returns:
+        What `splits.json` holds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    description: dict[str, Any] = dict(facts)
+    for name in SPLITS:
+        lines = [json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in splits[name]]
+        content = "".join(lines).encode()
+        _write(folder / f"{name}.jsonl", content)
+        description[name] = {
+            "pairs": len(lines),
+            "src_words": sum(len(pair.src.split()) for pair in splits[name]),
+            "tgt_words": sum(len(pair.tgt.split()) for pair in splits[name]),
+            "sha256": hashlib.sha256(content).hexdigest(),
+        }
+    _write(folder / "splits.json", (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode())
+    return description
+
+
+def _write(path: Path, content: bytes) -> None:
+    beside = path.with_name(path.name + ".partial")
+    beside.write_bytes(content)
+    beside.replace(path)
+
+
+def texts_of(files: Iterable[Path]) -> Iterator[str]:
+    """Source and target texts, as `source_key` writes them, of split files."""
+    for file in files:
+        if not file.exists():
+            raise FileNotFoundError(f"exclude names {file}, which does not exist; prepare that corpus first")
+        with file.open(encoding="utf-8") as lines:
+            for line in lines:
+                record = json.loads(line)
+                yield source_key(record["src"])
+                yield source_key(record["tgt"])

@@ -1,0 +1,82 @@
+"""The kNN distribution and its mixture with the model's, in log space.
+
+Shapes: R rows (sentences × beams), K neighbors, V vocabulary. Distances are squared L2, +inf where a neighbor is missing.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def knn_log_weights(distances: Tensor, temperature: float) -> Tensor:
+    """Log of each neighbor's share of the kNN distribution, log softmax(−d / T).
+
+    Args:
+        distances: Squared L2 distances, shape (R, K).
+        temperature: T, in units of squared distance, more than 0.
+
+    Returns:
+        Shape (R, K), float32; a row without any neighbor is −inf throughout.
+    """
+    scores = distances.float().neg().div(temperature)
+    return (scores - torch.logsumexp(scores, -1, keepdim=True)).nan_to_num(nan=-math.inf, neginf=-math.inf)
+
+
+def knn_probs(distances: Tensor, values: Tensor, temperature: float, vocabulary_size: int) -> Tensor:
+    """The kNN distribution p_kNN(y) ∝ Σ_i 1[y = v_i] exp(−d_i / T) (arXiv 2010.00710, eq. 2).
+
+    Args:
+        distances: Squared L2 distances, shape (R, K).
+        values: Token ids, shape (R, K).
+        temperature: T, more than 0.
+        vocabulary_size: V.
+
+    Returns:
+        Shape (R, V); a row without any neighbor is 0.
+    """
+    weights = knn_log_weights(distances, temperature).exp()
+    return weights.new_zeros(len(weights), vocabulary_size).scatter_add_(1, values, weights)
+
+
+def neighbor_log_probs(distances: Tensor, values: Tensor, temperature: float) -> Tensor:
+    """log p_kNN of each neighbor's token: neighbors with the same token carry the same sum.
+
+    Args:
+        distances: Squared L2 distances, shape (R, K).
+        values: Token ids, shape (R, K).
+        temperature: T, more than 0.
+
+    Returns:
+        Shape (R, K), so that only the retrieved tokens are touched, never the vocabulary.
+    """
+    weights = knn_log_weights(distances, temperature).exp()
+    same_token = values.unsqueeze(2) == values.unsqueeze(1)  # [R, K, K]
+    return torch.bmm(same_token.to(weights.dtype), weights.unsqueeze(2)).squeeze(2).log()
+
+
+def mix_logits(logits: Tensor, values: Tensor, log_probs: Tensor, lambda_: float) -> Tensor:
+    """Logits z' with softmax(z') = λ p_kNN + (1 − λ) softmax(z).
+
+    For λ < 1, z'_y = logaddexp(z_y, lse(z) + log(λ / (1 − λ)) + log p_kNN(y)) for the retrieved y, z'_y = z_y for
+    all others: one reduction over V. Rows without any neighbor are left as they are, whatever λ.
+
+    Args:
+        logits: z, shape (R, V).
+        values: Retrieved token ids, shape (R, K).
+        log_probs: log p_kNN of each retrieved token as `neighbor_log_probs` gives it, shape (R, K).
+        lambda_: λ in [0, 1].
+
+    Returns:
+        Shape (R, V), in the type of `logits`; `logits` itself is not changed.
+    """
+    if lambda_ == 0:
+        return logits
+    if lambda_ == 1:
+        mixed = torch.full_like(logits, -math.inf).scatter_(1, values, log_probs.to(logits.dtype))
+        found = log_probs.isfinite().any(1, keepdim=True)
+        return torch.where(found, mixed, logits)
+    shift = math.log(lambda_) - math.log1p(-lambda_)
+    reference = torch.logsumexp(logits.float(), 1, keepdim=True)  # [R, 1]
+    retrieved = torch.logaddexp(logits.gather(1, values).float(), reference + shift + log_probs.float())
+    return logits.scatter(1, values, retrieved.to(logits.dtype))

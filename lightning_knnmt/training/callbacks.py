@@ -1,0 +1,36 @@
+"""What happens beside training."""
+
+from pathlib import Path
+
+import lightning as L
+
+
+class ExportBackbone(L.Callback):
+    """Write the model as a Hugging Face folder after each validation that is the best so far, and at the end.
+
+    Args:
+        folder: Where `model.safetensors`, its configuration and the tokenizer go.
+        monitor: Logged value to minimise; None: write after every validation.
+    """
+
+    def __init__(self, folder: Path, monitor: str | None = "val/loss") -> None:
+        self.folder, self.monitor = folder, monitor
+        self.best = float("inf")
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the model if it is the best so far."""
+        if trainer.sanity_checking:
+            return
+        value = float("-inf") if self.monitor is None else float(trainer.callback_metrics[self.monitor])
+        if value <= self.best:
+            self.best = value
+            if trainer.is_global_zero:
+                pl_module.backbone.save(self.folder)
+
+    def state_dict(self) -> dict[str, float]:
+        """The best value, so that a resumed run does not export a worse model."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Restore the best value."""
+        self.best = state_dict["best"]
