@@ -1,0 +1,158 @@
+"""A built datastore, open for reading."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.datastore.manifest import DatastoreError, Manifest, Provenance
+
+
+@dataclass(frozen=True)
+class StoredContext:
+    """Where an entry comes from.
+
+    Attributes:
+        pair: The sentence pair.
+        number: The pair's number in the corpus.
+        position: Which of the target's tokens the entry predicts, from 0.
+    """
+
+    pair: Pair
+    number: int
+    position: int
+
+
+class Datastore:
+    """Keys, values and sentences of a parallel corpus, in HDF5 shards; reading never changes a file.
+
+    Entries are numbered from 0 over all shards, in the order of the shards.
+
+    Args:
+        folder: Folder that `build_index.py` wrote.
+
+    Raises:
+        DatastoreError: There is no whole datastore, or a shard is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = Manifest.load(self.folder)
+        self._files: list[h5py.File] = []
+        try:
+            for shard in self.manifest.shards:
+                file = self._open(shard.file)
+                self._files.append(file)
+                shape, expected = file["keys"].shape, (shard.entries, self.key_size)
+                if shape != expected:
+                    raise DatastoreError(
+                        f"{self.folder / shard.file} holds keys of shape {shape}, expected {expected}; build it again"
+                    )
+        except BaseException:
+            self.close()
+            raise
+        self._starts = np.cumsum([0, *(shard.entries for shard in self.manifest.shards)])
+
+    def _open(self, name: str) -> h5py.File:
+        path = self.folder / name
+        if not path.exists():
+            raise DatastoreError(f"{path} is missing; build the datastore again")
+        try:
+            file = h5py.File(path, "r")
+        except OSError as error:
+            raise DatastoreError(f"{path} is damaged ({error}); build the datastore again") from error
+        missing = {"keys", "values", "lengths", "numbers", "src", "tgt", "document"} - set(file)
+        if missing:
+            file.close()
+            raise DatastoreError(f"{path} lacks {', '.join(sorted(missing))}; build the datastore again")
+        return file
+
+    @property
+    def key_size(self) -> int:
+        """D."""
+        return self.manifest.provenance.key_size
+
+    def __len__(self) -> int:
+        return self.manifest.entries
+
+    @cached_property
+    def values(self) -> NDArray[np.int32]:
+        """Target-token id of every entry, shape (N,)."""
+        return np.concatenate([np.empty(0, np.int32), *(file["values"][:] for file in self._files)])
+
+    def key_chunks(self, chunk: int = 65536) -> Iterator[NDArray[np.float16]]:
+        """All keys in the order of the entries, in arrays of shape (up to `chunk`, D)."""
+        for file in self._files:
+            keys = file["keys"]
+            for start in range(0, len(keys), chunk):
+                yield keys[start : start + chunk]
+
+    def sample_keys(self, size: int, seed: int = 1, block: int = 65536) -> NDArray[np.float32]:
+        """A uniform sample of the keys without repetition, shape (min(size, N), D).
+
+        The whole store is drawn from, since the entries of a shard are ordered by sentence length: k-means on a
+        prefix would see only the shortest sentences.
+        """
+        total = len(self)
+        rng = np.random.default_rng(seed)
+        chosen = np.arange(total) if size >= total else np.sort(rng.choice(total, size, replace=False))
+        sample = np.empty((len(chosen), self.key_size), np.float32)
+        for start, stop, file in zip(self._starts[:-1], self._starts[1:], self._files, strict=True):
+            for first in range(start, stop, block):
+                low, high = np.searchsorted(chosen, (first, min(first + block, stop)))
+                if low < high:
+                    rows = file["keys"][first - start : first - start + block]
+                    sample[low:high] = rows[chosen[low:high] - first]
+        return sample
+
+    def context(self, entry: int) -> StoredContext:
+        """The sentence pair that an entry comes from, and its position.
+
+        Raises:
+            IndexError: There is no such entry.
+        """
+        if not 0 <= entry < len(self):
+            raise IndexError(f"entry is {entry}, expected 0 to {len(self) - 1}")
+        shard = int(np.searchsorted(self._starts, entry, side="right")) - 1
+        file, starts = self._files[shard], self._pair_starts[shard]
+        local = entry - int(self._starts[shard])
+        row = int(np.searchsorted(starts, local, side="right")) - 1
+        src, tgt, document = (file[name].asstr()[row] for name in ("src", "tgt", "document"))
+        return StoredContext(Pair(src, tgt, document), int(file["numbers"][row]), local - int(starts[row]))
+
+    @cached_property
+    def _pair_starts(self) -> list[NDArray[np.int64]]:
+        return [np.cumsum(np.concatenate([[0], file["lengths"][:]])) for file in self._files]
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuse a model whose states cannot be compared with the stored keys.
+
+        Raises:
+            DatastoreError: The store was built with another model, tokenizer, key type or language.
+        """
+        differences = self.manifest.provenance.differences(Provenance.of(backbone))
+        if differences:
+            raise DatastoreError(
+                f"the datastore {self.folder} does not fit the model {backbone.name}: {'; '.join(differences)} "
+                "(datastore against model). Search with what it was built with, or build another datastore."
+            )
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files:
+            file.close()
+
+    def __enter__(self) -> "Datastore":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,143 @@
+"""kNN-MT through Hugging Face's own `generate`, and translation of texts with it."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.combiners import Combiner
+from lightning_knnmt.retrieval import Retriever
+from lightning_knnmt.timing import Spans
+
+
+@contextmanager
+def knn_decoding(backbone: Backbone, retriever: Retriever, combiner: Combiner, spans: Spans) -> Iterator[None]:
+    """Mix neighbors into the logits that the model returns, for every forward pass within the block.
+
+    Beam search, sampling, forced tokens and every other option of `generate` act on the mixture, as they would on
+    the plain model's prediction. With λ = 0 nothing is hooked.
+
+    Args:
+        backbone: The model.
+        retriever: Where neighbors come from.
+        combiner: How they are mixed in.
+        spans: Receives the time of `search` and `mix`, counted in queries.
+    """
+    if not combiner.needs_neighbors:
+        yield
+        return
+    with backbone.tap() as tap:
+
+        def mix(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
+            assert tap.keys is not None
+            queries = tap.keys[:, -1]  # [R, T, D] -> [R, D]; T > 1 without a cache
+            with spans.span("search", len(queries)):
+                neighbors = retriever.retrieve(queries)
+            with spans.span("mix", len(queries)):
+                output.logits = combiner(output.logits[:, -1], neighbors).unsqueeze(1)  # [R, 1, V]
+            return output
+
+        handle = backbone.model.register_forward_hook(mix)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Translations:
+    """Translated texts, in the order of the sources.
+
+    Attributes:
+        texts: The translations.
+        tokens: Target tokens produced, special tokens not counted.
+        seconds: Time that decoding took.
+        spans: Its parts.
+    """
+
+    texts: list[str]
+    tokens: int
+    seconds: float
+    spans: Spans
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Options of decoding.
+
+    Attributes:
+        beams: Beam size; 1 is greedy.
+        batch_size: Sentences decoded at a time.
+        max_new_tokens: Longest translation, in tokens.
+        options: Further options of Hugging Face's `generate`.
+    """
+
+    beams: int = 4
+    batch_size: int = 32
+    max_new_tokens: int = 256
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("beams", "batch_size", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+
+
+class Translator:
+    """Translates texts, with neighbors if it has a retriever.
+
+    Args:
+        backbone: The model.
+        decoding: Beam size, batch size and length.
+        retriever: Where neighbors come from; None: the plain model.
+        combiner: How they are mixed in.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        decoding: Decoding,
+        retriever: Retriever | None = None,
+        combiner: Combiner | None = None,
+    ) -> None:
+        if (retriever is None) != (combiner is None):
+            raise ValueError("retriever and combiner belong together: give both, or neither for the plain model")
+        self.backbone, self.decoding, self.retriever, self.combiner = backbone, decoding, retriever, combiner
+
+    def translate(self, sources: Sequence[str]) -> Translations:
+        """Translate texts, batched by length."""
+        spans = Spans()
+        order = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
+        texts = [""] * len(sources)
+        tokens = 0
+        for start in range(0, len(order), self.decoding.batch_size):
+            numbers = order[start : start + self.decoding.batch_size]
+            with spans.span("decode"):
+                batch = self.backbone.batch([sources[number] for number in numbers])
+                sequences = self._generate(batch, spans)
+            decoded = self.backbone.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+            tokens += self._count(sequences)
+            for number, text in zip(numbers, decoded, strict=True):
+                texts[number] = text
+        return Translations(texts, tokens, spans.seconds["decode"], spans)
+
+    def _generate(self, batch: Batch, spans: Spans) -> Tensor:
+        if self.retriever is None or self.combiner is None:
+            mixing: Any = nullcontext()
+        else:
+            self.retriever.begin(batch)
+            mixing = knn_decoding(self.backbone, self.retriever, self.combiner, spans)
+        with mixing:
+            return self.backbone.generate(
+                batch,
+                num_beams=self.decoding.beams,
+                max_new_tokens=self.decoding.max_new_tokens,
+                **self.decoding.options,
+            )
+
+    def _count(self, sequences: Tensor) -> int:
+        special = set(self.backbone.tokenizer.all_special_ids)
+        return sum(token not in special for row in sequences.tolist() for token in row)

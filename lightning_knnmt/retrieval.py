@@ -1,0 +1,100 @@
+"""From queries to neighbors."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.datastore import Datastore, DatastoreError
+from lightning_knnmt.index import FaissIndex
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The K nearest stored contexts of R queries, nearest first.
+
+    Attributes:
+        distances: Squared L2, shape (R, K); +inf where there is no neighbor.
+        values: Target-token ids, shape (R, K); 0 where there is no neighbor.
+        ids: Entry numbers in the datastore, shape (R, K); −1 where there is no neighbor.
+    """
+
+    distances: Tensor
+    values: Tensor
+    ids: Tensor
+
+    def first(self, k: int) -> "Neighbors":
+        """The k nearest only."""
+        return Neighbors(self.distances[:, :k], self.values[:, :k], self.ids[:, :k])
+
+
+class Retriever(Protocol):
+    """Finds neighbors, row by row."""
+
+    def begin(self, batch: Batch) -> None:
+        """Prepare for decoding B sentences; rows come in the order of the sentences, the beams of each together."""
+        ...
+
+    def retrieve(self, queries: Tensor) -> Neighbors:
+        """Neighbors of queries of shape (R, D)."""
+        ...
+
+
+class DatastoreRetriever:
+    """Searches one index over a whole datastore, whatever the sentence.
+
+    Args:
+        datastore: The keys' values and sentences.
+        index: An index over the same entries.
+        k: K, neighbors of each query, 1 or more.
+        nprobe: Lists that each query scans, where the index has lists.
+    """
+
+    def __init__(self, datastore: Datastore, index: FaissIndex, k: int, nprobe: int = 8) -> None:
+        if k < 1:
+            raise ValueError(f"k is {k}, expected 1 or more")
+        if len(index) != len(datastore):
+            raise DatastoreError(
+                f"the index holds {len(index)} entries and the datastore {datastore.folder} {len(datastore)}; "
+                "build the index again"
+            )
+        self.datastore, self.index, self.k = datastore, index, k
+        self.nprobe = nprobe
+        self._values = torch.from_numpy(datastore.values).long()
+
+    @property
+    def nprobe(self) -> int:
+        """Lists that each query scans."""
+        return self._nprobe
+
+    @nprobe.setter
+    def nprobe(self, nprobe: int) -> None:
+        self.index.set_nprobe(nprobe)
+        self._nprobe = nprobe
+
+    def begin(self, batch: Batch) -> None:
+        """Nothing to prepare: every sentence searches the same entries."""
+
+    def retrieve(self, queries: Tensor) -> Neighbors:
+        """Neighbors of queries of shape (R, D), on the queries' device."""
+        distances, ids = self.index.search(queries.detach().float().cpu().numpy(), self.k)
+        entries = torch.from_numpy(ids)
+        found = entries >= 0
+        if len(self._values):
+            values = self._values[entries.clamp(min=0)].masked_fill_(~found, 0)
+        else:
+            values = torch.zeros_like(entries)
+        device = queries.device
+        return Neighbors(torch.from_numpy(distances).to(device), values.to(device), entries.to(device))
+
+
+def open_retriever(backbone: Backbone, datastore: Datastore, index: FaissIndex, k: int, nprobe: int) -> Retriever:
+    """A retriever over a datastore that was built with this very model.
+
+    Raises:
+        DatastoreError: The datastore was built with another model, tokenizer, key type or language.
+    """
+    datastore.check(backbone)
+    return DatastoreRetriever(datastore, index, k, nprobe)

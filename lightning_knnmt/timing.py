@@ -1,0 +1,38 @@
+"""Named spans of time."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Spans:
+    """Seconds and counts by name; work queued on a GPU is waited for."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
+
+    @contextmanager
+    def span(self, name: str, count: int = 1) -> Iterator[None]:
+        """Add the duration of the block to a name."""
+        start = now()
+        try:
+            yield
+        finally:
+            self.seconds[name] += now() - start
+            self.counts[name] += count
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.seconds.clear()
+        self.counts.clear()
+
+
+def now() -> float:
+    """Seconds on a clock that only goes forward, after the GPU has caught up."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
