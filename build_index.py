@@ -3,11 +3,9 @@
 import logging
 import resource
 import time
-from dataclasses import asdict, dataclass
-
-from jsonargparse import auto_cli
 
 from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.cli import run_script
 from lightning_knnmt.datastore import Datastore, DatastoreConfig, build_datastore
 from lightning_knnmt.index import IndexConfig, IndexReport, build_index
 
@@ -45,5 +43,4 @@ def build(backbone: Backbone, datastore: DatastoreConfig, index: IndexConfig = I
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    auto_cli(build, as_positional=False)
+    run_script(build)

@@ -1,11 +1,9 @@
 """Make a new, untrained model with a tokenizer of its own: ``python init_model.py --config configs/base_init.yaml``."""
 
-import logging
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
 from lightning_knnmt.backbone.scratch import MarianSize, init_marian
+from lightning_knnmt.cli import run_script
 from lightning_knnmt.data.datamodule import load_split
 
 
@@ -23,5 +21,4 @@ def init(train: Path, out: Path, size: MarianSize = MarianSize(), seed: int = 1)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    auto_cli(init, as_positional=False)
+    run_script(init)

@@ -5,8 +5,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from jsonargparse import auto_cli
-
+from lightning_knnmt.cli import run_script
 from lightning_knnmt.data.cleaning import Cleaning
 from lightning_knnmt.data.readers import ReadReport
 from lightning_knnmt.data.recipes import Corpus
@@ -33,24 +32,35 @@ def prepare(
         exclude: Split files of other corpora; pairs that have a text in common with them are dropped.
         cache: Folder for downloads.
     """
+    excluded = frozenset(texts_of(exclude or []))
     report = ReadReport()
-    dropped: Counter[str] = Counter()
-    pairs = corpus.pairs(cache, report)
-    if cleaning is not None:
-        pairs = cleaning(pairs, dropped)
-    parts, lost = split(pairs, splits, frozenset(texts_of(exclude or [])))
+    unclean: Counter[str] = Counter()
+    raw = corpus.pairs(cache, report)
+    pairs = list(raw if cleaning is None else cleaning(raw, unclean))
+    log.info("%s", report)
+    log.info("cleaning dropped %s", _listed(unclean))
+    parts, lost = split(pairs, splits, excluded)
+    log.info("splitting dropped %s", _listed(lost))
     facts = {
         "corpus": {"class": type(corpus).__name__, **{key: str(value) for key, value in vars(corpus).items()}},
         "config": asdict(splits),
         "read": report.read,
-        "dropped": dict(Counter(report.skipped) + dropped + lost),
+        "dropped": dict(report.skipped + unclean + lost),
     }
     written = write_splits(out, parts, facts)
-    log.info("read %d pairs, dropped %s", report.read, facts["dropped"])
     for name in parts:
         log.info("%s: %s", out / f"{name}.jsonl", written[name])
 
 
+def _listed(reasons: Counter[str]) -> str:
+    """The counts in words, the largest first.
+
+    >>> _listed(Counter({"no letters": 1, "repeated": 12}))
+    '13 (repeated: 12, no letters: 1)'
+    """
+    listed = ", ".join(f"{reason}: {count}" for reason, count in reasons.most_common())
+    return f"{reasons.total()} ({listed})" if listed else "0"
+
+
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    auto_cli(prepare, as_positional=False)
+    run_script(prepare)

@@ -8,9 +8,7 @@ from lightning_knnmt.training import TranslationModule
 
 def main(args: list[str] | None = None) -> None:
     """Run Lightning's command line: fit, validate, test or predict."""
-    LightningCLI(
-        TranslationModule, TranslationDataModule, args=args, save_config_kwargs={"overwrite": True}
-    )
+    LightningCLI(TranslationModule, TranslationDataModule, args=args, save_config_kwargs={"overwrite": True})
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ class Combiner(Protocol):
         """Whether neighbors can change anything."""
         ...
 
-    def __call__(self, logits: Tensor, neighbors: Neighbors) -> Tensor:
-        """Logits of the mixture, shape (R, V), from logits of shape (R, V)."""
+    def __call__(self, logits: Tensor, neighbors: Neighbors, in_place: bool = False) -> Tensor:
+        """Logits of the mixture, shape (R, V), from logits of shape (R, V); `in_place` allows to overwrite those."""
         ...
 
 
@@ -37,7 +37,7 @@ class FixedCombiner:
     def __post_init__(self) -> None:
         if not 0 <= self.lambda_ <= 1:
             raise ValueError(f"lambda_ is {self.lambda_}, expected 0 to 1")
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}, expected more than 0")
 
     @property
@@ -45,7 +45,7 @@ class FixedCombiner:
         """False for λ = 0, the plain model."""
         return self.lambda_ > 0
 
-    def __call__(self, logits: Tensor, neighbors: Neighbors) -> Tensor:
-        """Logits of the mixture, shape (R, V)."""
+    def __call__(self, logits: Tensor, neighbors: Neighbors, in_place: bool = False) -> Tensor:
+        """Logits of the mixture, shape (R, V), from logits of shape (R, V); `in_place` overwrites those."""
         log_probs = neighbor_log_probs(neighbors.distances, neighbors.values, self.temperature)
-        return mix_logits(logits, neighbors.values, log_probs, self.lambda_)
+        return mix_logits(logits, neighbors.values, log_probs, self.lambda_, in_place)

@@ -37,7 +37,9 @@ def knn_decoding(backbone: Backbone, retriever: Retriever, combiner: Combiner, s
             with spans.span("search", len(queries)):
                 neighbors = retriever.retrieve(queries)
             with spans.span("mix", len(queries)):
-                output.logits = combiner(output.logits[:, -1], neighbors).unsqueeze(1)  # [R, 1, V]
+                # In place: `generate` copies the logits before it uses them, and nobody else holds them.
+                mixed = combiner(output.logits[:, -1], neighbors, in_place=True)
+                output.logits = mixed.unsqueeze(1)  # [R, 1, V]
             return output
 
         handle = backbone.model.register_forward_hook(mix)
@@ -64,6 +66,16 @@ class Translations:
     spans: Spans
 
 
+_UNFIT_OPTIONS = {
+    "num_beams": "expected it in beams",
+    "max_new_tokens": "expected it in max_new_tokens of decoding itself",
+    "return_dict_in_generate": "expected options that return token ids; call Backbone.generate for scores",
+    "num_return_sequences": "expected one translation of each source; call Backbone.generate for more",
+    "assistant_model": "expected one token at a time, since each needs its own neighbors",
+    "prompt_lookup_num_tokens": "expected one token at a time, since each needs its own neighbors",
+}
+
+
 @dataclass(frozen=True)
 class Decoding:
     """Options of decoding.
@@ -72,7 +84,7 @@ class Decoding:
         beams: Beam size; 1 is greedy.
         batch_size: Sentences decoded at a time.
         max_new_tokens: Longest translation, in tokens.
-        options: Further options of Hugging Face's `generate`.
+        options: Further options of Hugging Face's `generate` that produce one translation, a token at a time.
     """
 
     beams: int = 4
@@ -84,6 +96,9 @@ class Decoding:
         for name in ("beams", "batch_size", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        for name, advice in _UNFIT_OPTIONS.items():
+            if self.options.get(name):
+                raise ValueError(f"options has {name}: {self.options[name]!r}, {advice}")
 
 
 class Translator:

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.backbone import Batch
 from lightning_knnmt.datastore import Datastore, DatastoreError
 from lightning_knnmt.index import FaissIndex
 
@@ -60,9 +60,14 @@ class DatastoreRetriever:
                 f"the index holds {len(index)} entries and the datastore {datastore.folder} {len(datastore)}; "
                 "build the index again"
             )
+        if index.key_size != datastore.key_size:
+            raise DatastoreError(
+                f"the index holds keys of {index.key_size} dimensions and the datastore {datastore.folder} of "
+                f"{datastore.key_size}; build the index again"
+            )
         self.datastore, self.index, self.k = datastore, index, k
         self.nprobe = nprobe
-        self._values = torch.from_numpy(datastore.values).long()
+        self._values = torch.from_numpy(datastore.values)
 
     @property
     def nprobe(self) -> int:
@@ -83,18 +88,8 @@ class DatastoreRetriever:
         entries = torch.from_numpy(ids)
         found = entries >= 0
         if len(self._values):
-            values = self._values[entries.clamp(min=0)].masked_fill_(~found, 0)
+            values = self._values[entries.clamp(min=0)].long().masked_fill_(~found, 0)
         else:
             values = torch.zeros_like(entries)
         device = queries.device
         return Neighbors(torch.from_numpy(distances).to(device), values.to(device), entries.to(device))
-
-
-def open_retriever(backbone: Backbone, datastore: Datastore, index: FaissIndex, k: int, nprobe: int) -> Retriever:
-    """A retriever over a datastore that was built with this very model.
-
-    Raises:
-        DatastoreError: The datastore was built with another model, tokenizer, key type or language.
-    """
-    datastore.check(backbone)
-    return DatastoreRetriever(datastore, index, k, nprobe)

@@ -33,6 +33,6 @@ class Spans:
 
 def now() -> float:
     """Seconds on a clock that only goes forward, after the GPU has caught up."""
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -1,7 +1,8 @@
 """A pretrained Hugging Face translation model, its tokenizer, and the place where its keys are read."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import logging
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -9,29 +10,19 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from lightning_knnmt.backbone.batch import Batch, collate
-from lightning_knnmt.backbone.families import family_of, logits_bias
+from lightning_knnmt.backbone.families import family_of, logits_bias, position_limit
 from lightning_knnmt.backbone.fingerprint import model_fingerprint, tokenizer_fingerprint
+from lightning_knnmt.backbone.languages import decoder_start, set_languages
+from lightning_knnmt.backbone.tap import KeysReached, KeyTap, tap_input
+from lightning_knnmt.backbone.tokenization import token_ids
+
+log = logging.getLogger(__name__)
 
 KeyType = Literal["decoder_output", "ffn_input"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-
-
-class _KeysReached(Exception):
-    """Ends a forward pass at the tap; nothing after it is needed."""
-
-
-class KeyTap:
-    """The most recent keys that passed the tap.
-
-    Attributes:
-        keys: Shape (B, T, D); None before the first pass.
-    """
-
-    def __init__(self) -> None:
-        self.keys: Tensor | None = None
 
 
 class Backbone(nn.Module):
@@ -42,9 +33,15 @@ class Backbone(nn.Module):
         key_type: `decoder_output`: what the output projection sees (arXiv 2509.16729). `ffn_input`: what the last
             decoder block's feed-forward layer sees (arXiv 2010.00710).
         src_lang: Language code of the source, for multilingual models.
-        tgt_lang: Language code of the target, for multilingual models; decoding is forced to begin with it.
+        tgt_lang: Language code of the target, for multilingual models; decoding begins with it.
         dtype: Type of the weights.
         device: `auto`: the GPU if there is one.
+
+    Attributes:
+        cut_texts: How many texts were longer than the model's positions so far.
+
+    Raises:
+        ValueError: An option does not fit the model.
     """
 
     def __init__(
@@ -64,13 +61,16 @@ class Backbone(nn.Module):
         self.name = str(model)
         self.key_type: KeyType = key_type
         self.src_lang, self.tgt_lang = src_lang, tgt_lang
-        languages = {key: code for key, code in (("src_lang", src_lang), ("tgt_lang", tgt_lang)) if code}
-        self.tokenizer = AutoTokenizer.from_pretrained(model, **languages)
-        for option, code in languages.items():
-            if self.tokenizer.get_vocab().get(_language_token(self.tokenizer, code)) is None:
-                raise ValueError(f"{option} is {code!r}, which the tokenizer of {self.name!r} has no token for")
+        config = AutoConfig.from_pretrained(model)
+        self.family = family_of(config, self.name)
+        self.position_limit = position_limit(config)
+        self.cut_texts = 0
+        self.tokenizer = self.family.tokenizer.from_pretrained(model)
+        set_languages(self.tokenizer, self.name, src_lang, tgt_lang)
         self.model = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
-        self.family = family_of(self.model)
+        for name in self.model._keys_to_ignore_on_save or ():  # tables that are computed anew at each loading
+            self.model.get_parameter(name).requires_grad_(False)
+        self.start = decoder_start(self.model, self.tokenizer, tgt_lang)
         self.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
 
     @property
@@ -111,45 +111,44 @@ class Backbone(nn.Module):
         return int(self.tokenizer.pad_token_id)
 
     def tokenize(self, sources: Sequence[str], targets: Sequence[str] | None = None) -> tuple[list[list[int]], ...]:
-        """Token ids of sources and, where given, of targets, special tokens included."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        options = {"truncation": limit is not None, "max_length": limit}
-        source_ids = self.tokenizer(list(sources), **options).input_ids
+        """Token ids of sources and, where given, of targets, special tokens included.
+
+        Texts longer than the model's positions are cut, counted in `cut_texts`, and reported once.
+        """
+        source_ids, cut = token_ids(self.tokenizer, "text", sources, self.position_limit)
         if targets is None:
+            self._count_cut(cut, len(sources))
             return (source_ids,)
-        return source_ids, self.tokenizer(text_target=list(targets), **options).input_ids
+        target_ids, cut_targets = token_ids(self.tokenizer, "text_target", targets, self.position_limit)
+        self._count_cut(cut + cut_targets, len(sources) + len(targets))
+        return source_ids, target_ids
+
+    def _count_cut(self, cut: int, texts: int) -> None:
+        if cut and not self.cut_texts:
+            log.warning(
+                "%d of %d texts have more tokens than the %d positions of %s and were cut; "
+                "more of them are not reported, only counted",
+                cut, texts, self.position_limit, self.name,
+            )  # fmt: skip
+        self.cut_texts += cut
 
     def batch(self, sources: Sequence[str], targets: Sequence[str] | None = None) -> Batch:
         """Tokenize and pad B sentences, on the model's device."""
         ids = self.tokenize(sources, targets)
         return collate(ids[0], ids[1] if len(ids) > 1 else None, self.pad_id).to(self.device)
 
-    @contextmanager
-    def tap(self, stop: bool = False) -> Iterator[KeyTap]:
+    def tap(self, stop: bool = False) -> AbstractContextManager[KeyTap]:
         """Listen to the keys of every forward pass within the block.
 
         Args:
-            stop: End each forward pass as soon as its keys are there.
+            stop: End each forward pass with `KeysReached` as soon as its keys are there.
 
-        Yields:
-            The tap; its `keys` have the shape (B, T, D) of the latest pass.
+        Returns:
+            A context that gives the tap; its `keys` have the shape (B, T, D) of the latest pass.
         """
-        tap = KeyTap()
-        decoder_output = self.key_type == "decoder_output"
-        module = (self.family.output_projection if decoder_output else self.family.feed_forward)(self.model)
-        time_first = self.family.time_first and not decoder_output
-
-        def hear(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            keys = inputs[0].transpose(0, 1) if time_first else inputs[0]  # [T, B, D] -> [B, T, D]
-            tap.keys = keys
-            if stop:
-                raise _KeysReached
-
-        handle = module.register_forward_pre_hook(hear)
-        try:
-            yield tap
-        finally:
-            handle.remove()
+        if self.key_type == "decoder_output":
+            return tap_input(self.output_projection, stop=stop)
+        return tap_input(self.family.feed_forward(self.model), self.family.time_first, stop)
 
     def keys(self, batch: Batch) -> Tensor:
         """Keys of a teacher-forced pass: position t holds the state that predicts label t.
@@ -160,11 +159,8 @@ class Backbone(nn.Module):
         Returns:
             Shape (B, T, D), in the model's type; positions where the label is padding have no meaning.
         """
-        with self.tap(stop=True) as tap:
-            try:
-                self._forward(batch)
-            except _KeysReached:
-                pass
+        with self.tap(stop=True) as tap, suppress(KeysReached):
+            self._forward(batch)
         assert tap.keys is not None
         return tap.keys
 
@@ -185,19 +181,20 @@ class Backbone(nn.Module):
         if batch.labels is None:
             raise ValueError("the batch has no labels, expected a batch made with target texts")
         labels = batch.labels.masked_fill(~batch.target_mask, self.pad_id)
-        if self.family.explicit_shift:
-            targets = {"decoder_input_ids": self.model.prepare_decoder_input_ids_from_labels(labels)}
-        else:
-            targets = {"labels": labels}
+        start = labels.new_full((len(labels), 1), self.start.start_id)
         output = self.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **targets
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            decoder_input_ids=torch.cat([start, labels[:, :-1]], dim=1),
+            use_cache=False,
         )
         return output.logits
 
     def generate(self, batch: Batch, **options: Any) -> Tensor:
-        """Hugging Face's `generate` with the target language's token forced, shape (sequences, T)."""
-        if self.tgt_lang and "forced_bos_token_id" not in options:
-            options["forced_bos_token_id"] = self.tokenizer.get_vocab()[_language_token(self.tokenizer, self.tgt_lang)]
+        """Hugging Face's `generate`, begun as the target language asks, shape (sequences, T)."""
+        options.setdefault("decoder_start_token_id", self.start.start_id)
+        if self.start.forced_id is not None:
+            options.setdefault("forced_bos_token_id", self.start.forced_id)
         with torch.inference_mode():
             return self.model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
 
@@ -205,9 +202,3 @@ class Backbone(nn.Module):
         """Write the model and its tokenizer as a Hugging Face folder."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
-
-
-def _language_token(tokenizer: Any, code: str) -> str:
-    """The token of a language code: `__de__` for M2M100, the code itself for NLLB and mBART."""
-    lang_tokens = getattr(tokenizer, "lang_code_to_token", {})
-    return lang_tokens.get(code, code)

@@ -1,10 +1,13 @@
-"""Where each family of Hugging Face translation models keeps the two modules that kNN-MT listens to."""
+"""What differs between the families of Hugging Face translation models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from lightning_knnmt.backbone.tokenization import FSMTTokenizer
 
 
 @dataclass(frozen=True)
@@ -16,14 +19,14 @@ class Family:
         feed_forward: The module of the last decoder block whose input is the key `ffn_input`.
         final_norm: The module between the last block and the output projection, None in post-norm models.
         time_first: Whether the decoder's blocks see (T, B, D) instead of (B, T, D).
-        explicit_shift: Whether the model must be given its decoder input, because it would not derive it from labels.
+        tokenizer: The class whose `from_pretrained` loads the family's tokenizers.
     """
 
-    output_projection: Callable[[PreTrainedModel], nn.Module]
-    feed_forward: Callable[[PreTrainedModel], nn.Module]
-    final_norm: Callable[[PreTrainedModel], nn.Module | None]
+    output_projection: Callable[[Any], nn.Module]
+    feed_forward: Callable[[Any], nn.Module]
+    final_norm: Callable[[Any], nn.Module | None]
     time_first: bool = False
-    explicit_shift: bool = False
+    tokenizer: Any = AutoTokenizer
 
 
 FAMILIES: dict[str, Family] = {
@@ -52,26 +55,30 @@ FAMILIES: dict[str, Family] = {
         feed_forward=lambda model: model.model.decoder.layers[-1].fc1,
         final_norm=lambda model: None,
         time_first=True,
-        explicit_shift=True,
+        tokenizer=FSMTTokenizer,
     ),
 }
 
 
-def family_of(model: PreTrainedModel) -> Family:
-    """The family of a model.
+def family_of(config: PretrainedConfig, name: str) -> Family:
+    """The family of the model `name`, told by its configuration.
 
     Raises:
         ValueError: The model's type is not supported.
     """
-    model_type = model.config.model_type
-    if model_type not in FAMILIES:
+    if config.model_type not in FAMILIES:
         raise ValueError(
-            f"model {model.name_or_path!r} is of type {model_type!r}, expected one of {', '.join(sorted(FAMILIES))}; "
+            f"model {name!r} is of type {config.model_type!r}, expected one of {', '.join(sorted(FAMILIES))}; "
             "add a Family to lightning_knnmt/backbone/families.py"
         )
-    return FAMILIES[model_type]
+    return FAMILIES[config.model_type]
 
 
 def logits_bias(model: PreTrainedModel) -> Tensor | None:
     """The constant that Marian and mBART add to their logits after the projection, shape (1, V), or None."""
     return getattr(model, "final_logits_bias", None)
+
+
+def position_limit(config: PretrainedConfig) -> int | None:
+    """The longest sequence in tokens; None for T5, whose positions are relative."""
+    return getattr(config, "max_position_embeddings", None)

@@ -16,7 +16,7 @@ def model_fingerprint(model: str) -> str:
     Raises:
         FileNotFoundError: There are no weight files.
     """
-    folder = Path(cached_file(model, "config.json")).parent
+    folder = Path(str(cached_file(model, "config.json"))).parent
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise FileNotFoundError(f"{folder} has neither *.safetensors nor pytorch_model*.bin files to fingerprint")
@@ -30,5 +30,8 @@ def model_fingerprint(model: str) -> str:
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """SHA-256 over a tokenizer's vocabulary and what it makes of a sentence that shows its normalisation."""
-    content = [sorted(tokenizer.get_vocab().items()), tokenizer(_PROBE).input_ids]
+    content = [sorted(tokenizer.get_vocab().items())]
+    if isinstance(decoder := getattr(tokenizer, "decoder", None), dict):  # targets may have a vocabulary of their own
+        content.append(sorted(decoder.items()))
+    content += [tokenizer(_PROBE).input_ids, tokenizer(text_target=_PROBE).input_ids]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

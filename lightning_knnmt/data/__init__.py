@@ -1,0 +1,1 @@
+"""Parallel corpora: reading, fetching, cleaning, splitting and batching."""

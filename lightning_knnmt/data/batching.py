@@ -31,10 +31,28 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[i
     return batches
 
 
+def divisible_batches(batches: list[list[int]], parts: int) -> list[list[int]]:
+    """Halve the batches of most items until their number is a multiple of `parts`.
+
+    Where only single items are left to halve, the last batches are left out instead.
+
+    >>> divisible_batches([[1, 2, 4], [3], [0]], parts=2)
+    [[1], [2, 4], [3], [0]]
+    """
+    batches = list(batches)
+    for _ in range(-len(batches) % parts):
+        largest = max(range(len(batches)), key=lambda number: len(batches[number]), default=None)
+        if largest is None or len(batches[largest]) < 2:
+            break
+        batch = batches[largest]
+        batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+    return batches[: len(batches) - len(batches) % parts]
+
+
 class TokenBudgetSampler(Sampler[list[int]]):
     """Token-budget batches in a new random order each epoch, divided among ranks.
 
-    Every rank gets the same number of batches; what is left over rotates with the epoch.
+    Every rank gets the same number of batches, and the ranks together every item once (but see `divisible_batches`).
 
     Args:
         lengths: Tokens of each item.
@@ -43,6 +61,9 @@ class TokenBudgetSampler(Sampler[list[int]]):
         seed: Seed of the draw, the same on all ranks.
         rank: This process's number.
         world_size: How many processes there are.
+
+    Raises:
+        ValueError: There are fewer items than processes.
     """
 
     def __init__(
@@ -54,31 +75,43 @@ class TokenBudgetSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        if len(lengths) < world_size:
+            raise ValueError(
+                f"{len(lengths)} items cannot be divided among {world_size} processes, expected an item or more for "
+                "each; use more data or fewer processes"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank is {rank}, expected 0 to world_size - 1 = {world_size - 1}")
         self.lengths, self.max_tokens, self.shuffle, self.seed = lengths, max_tokens, shuffle, seed
         self.rank, self.world_size = rank, world_size
         self.epoch = 0
-        if len(self) == 0:
-            raise ValueError(
-                f"{len(lengths)} items make fewer batches of max_tokens={max_tokens} than there are processes "
-                f"({world_size}); lower max_tokens or use fewer processes"
-            )
+        # the same in every epoch, since only items of one length change places
+        self._length = len(self._divided(lengths)) // world_size
+
+    @property
+    def sampler(self) -> "TokenBudgetSampler":
+        """Itself, since Lightning tells the epoch to a batch sampler's `sampler` only."""
+        return self
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration has (called by Lightning)."""
         self.epoch = epoch
 
+    def _divided(self, lengths: Sequence[int]) -> list[list[int]]:
+        return divisible_batches(token_budget_batches(lengths, self.max_tokens), self.world_size)
+
     def _batches(self) -> list[list[int]]:
         if not self.shuffle:
-            return token_budget_batches(self.lengths, self.max_tokens)
+            return self._divided(self.lengths)
         rng = random.Random(f"{self.seed}/{self.epoch}")
         order = list(range(len(self.lengths)))
         rng.shuffle(order)  # items of one length meet others each epoch
-        batches = token_budget_batches([self.lengths[item] for item in order], self.max_tokens)
+        batches = self._divided([self.lengths[item] for item in order])
         rng.shuffle(batches)
         return [[order[item] for item in batch] for batch in batches]
 
     def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._batches()[self.rank :: self.world_size][: len(self)])
+        return iter(self._batches()[self.rank :: self.world_size])
 
     def __len__(self) -> int:
-        return len(token_budget_batches(self.lengths, self.max_tokens)) // self.world_size
+        return self._length

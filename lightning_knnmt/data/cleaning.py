@@ -59,7 +59,7 @@ class Cleaning:
     drop_identical: bool = True
 
     def __post_init__(self) -> None:
-        if self.max_length_ratio < 1:
+        if not self.max_length_ratio >= 1:  # refuses nan, too
             raise ValueError(f"max_length_ratio is {self.max_length_ratio}, expected 1 or more")
         if self.max_words < 1:
             raise ValueError(f"max_words is {self.max_words}, expected 1 or more")

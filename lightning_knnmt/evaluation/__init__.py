@@ -1,0 +1,1 @@
+"""Quality, speed and tuning of translation systems."""

@@ -1,6 +1,5 @@
 """How evenly an inverted-file index is filled, and how pure its lists are."""
 
-import torch
 from torch import Tensor
 
 

@@ -1,12 +1,14 @@
 """The kNN distribution and its mixture with the model's, in log space.
 
-Shapes: R rows (sentences × beams), K neighbors, V vocabulary. Distances are squared L2, +inf where a neighbor is missing.
+Shapes: R rows (sentences × beams), K neighbors, V vocabulary.
+Distances are squared L2, +inf where a neighbor is missing.
 """
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def knn_log_weights(distances: Tensor, temperature: float) -> Tensor:
@@ -50,12 +52,14 @@ def neighbor_log_probs(distances: Tensor, values: Tensor, temperature: float) ->
     Returns:
         Shape (R, K), so that only the retrieved tokens are touched, never the vocabulary.
     """
-    weights = knn_log_weights(distances, temperature).exp()
-    same_token = values.unsqueeze(2) == values.unsqueeze(1)  # [R, K, K]
-    return torch.bmm(same_token.to(weights.dtype), weights.unsqueeze(2)).squeeze(2).log()
+    tokens, order = values.sort(1)
+    run = F.pad((tokens[:, 1:] != tokens[:, :-1]).cumsum(1), (1, 0))  # [sorted neighbor -> run of equal tokens]
+    weights = knn_log_weights(distances, temperature).exp().gather(1, order)
+    sums = torch.zeros_like(weights).scatter_add_(1, run, weights)
+    return torch.empty_like(weights).scatter_(1, order, sums.gather(1, run)).log_()
 
 
-def mix_logits(logits: Tensor, values: Tensor, log_probs: Tensor, lambda_: float) -> Tensor:
+def mix_logits(logits: Tensor, values: Tensor, log_probs: Tensor, lambda_: float, in_place: bool = False) -> Tensor:
     """Logits z' with softmax(z') = λ p_kNN + (1 − λ) softmax(z).
 
     For λ < 1, z'_y = logaddexp(z_y, lse(z) + log(λ / (1 − λ)) + log p_kNN(y)) for the retrieved y, z'_y = z_y for
@@ -66,17 +70,27 @@ def mix_logits(logits: Tensor, values: Tensor, log_probs: Tensor, lambda_: float
         values: Retrieved token ids, shape (R, K).
         log_probs: log p_kNN of each retrieved token as `neighbor_log_probs` gives it, shape (R, K).
         lambda_: λ in [0, 1].
+        in_place: Write into `logits`; over a large vocabulary a copy costs more than the mixing.
 
     Returns:
-        Shape (R, V), in the type of `logits`; `logits` itself is not changed.
+        Shape (R, V), in the type of `logits`.
     """
     if lambda_ == 0:
         return logits
+    if not in_place:
+        logits = logits.clone()
+    before = logits.gather(1, values).float()  # [R, K]
     if lambda_ == 1:
-        mixed = torch.full_like(logits, -math.inf).scatter_(1, values, log_probs.to(logits.dtype))
-        found = log_probs.isfinite().any(1, keepdim=True)
-        return torch.where(found, mixed, logits)
-    shift = math.log(lambda_) - math.log1p(-lambda_)
-    reference = torch.logsumexp(logits.float(), 1, keepdim=True)  # [R, 1]
-    retrieved = torch.logaddexp(logits.gather(1, values).float(), reference + shift + log_probs.float())
-    return logits.scatter(1, values, retrieved.to(logits.dtype))
+        found = log_probs.isfinite().any(1, keepdim=True)  # [R, 1]
+        logits.masked_fill_(found, -math.inf)
+        retrieved = torch.where(found, log_probs.float(), before)
+    else:
+        shift = math.log(lambda_) - math.log1p(-lambda_)
+        retrieved = torch.logaddexp(before, _logsumexp(logits) + shift + log_probs.float())
+    return logits.scatter_(1, values, retrieved.to(logits.dtype))
+
+
+def _logsumexp(logits: Tensor) -> Tensor:
+    """Shape (R, V) -> (R, 1), float32; on a CPU in blocks of rows whose temporaries stay in its cache."""
+    rows = max(1, 2**19 // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    return torch.cat([torch.logsumexp(block.float(), 1, keepdim=True) for block in logits.split(rows)])

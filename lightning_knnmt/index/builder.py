@@ -6,7 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import faiss
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_knnmt.datastore import Datastore, DatastoreError
@@ -17,6 +19,8 @@ from lightning_knnmt.index.faiss_index import FaissIndex, find_ivf
 from lightning_knnmt.timing import Spans
 
 log = logging.getLogger(__name__)
+
+REFINED = 4  # candidates for each neighbor that a Refine index scores again; FAISS's 1 would only correct distances
 
 
 @dataclass(frozen=True)
@@ -49,14 +53,22 @@ class IndexReport:
 
     @classmethod
     def load(cls, path: Path) -> "IndexReport":
-        """Read NAME.json."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
+        """Read NAME.json.
+
+        Raises:
+            DatastoreError: It is damaged.
+        """
+        try:
+            return cls(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise DatastoreError(f"{path} is damaged ({error}); build the index again") from error
 
 
 def build_index(datastore: Datastore, config: IndexConfig) -> IndexReport:
     """Train an index on a uniform sample of a datastore's keys, add all keys, and write it beside the shards.
 
-    An index of that name that is already there is kept if it was built from this datastore with these settings.
+    An index of that name that is already there is kept if it was built from this datastore with these settings. One
+    that is damaged, or was built from other keys than the datastore now holds, is of no use, and replaced.
 
     Args:
         datastore: Whose keys to index.
@@ -66,15 +78,17 @@ def build_index(datastore: Datastore, config: IndexConfig) -> IndexReport:
         What was built and how evenly it is filled.
 
     Raises:
-        DatastoreError: An index of that name was built from something else.
+        DatastoreError: An index of that name was built with other settings.
         ValueError: FAISS does not know the factory string, or it does not fit the keys.
     """
     factory = choose_factory(len(datastore), datastore.key_size) if config.factory == "auto" else config.factory
     path = datastore.folder / f"{config.name}.faiss"
     description = path.with_suffix(".json")
-    existing = IndexReport.load(description) if path.exists() and description.exists() else None
+    index = _make(factory, datastore.key_size)
+    points = min(_train_points(index, config), len(datastore))
+    existing = _existing(path, description, datastore)
     if existing is not None:
-        differences = _differences(existing, factory, config, datastore)
+        differences = _differences(existing, factory, points, config.seed)
         if not differences:
             log.info("%s is already built: %s over %d entries", path, existing.factory, existing.entries)
             return existing
@@ -83,15 +97,13 @@ def build_index(datastore: Datastore, config: IndexConfig) -> IndexReport:
                 f"{path} already holds another index: {'; '.join(differences)} (there against wanted). "
                 "Choose another name, or set overwrite: true to replace it."
             )
-    index = _make(factory, datastore.key_size)
+    _check_sample(index, factory, points, len(datastore))
     spans = Spans()
-    wanted = _train_points(index, config)
     with spans.span("sample"):
-        sample = datastore.sample_keys(wanted, config.seed)
-    _check_sample(index, factory, len(sample), len(datastore))
+        sample = datastore.sample_keys(points, config.seed)
     with spans.span("train"):
-        log.info("training %s on %d of %d keys", factory, len(sample), len(datastore))
-        index.train(sample)
+        log.info("training %s on %d of %d keys", factory, points, len(datastore))
+        _train(index, factory, sample)
     with spans.span("add"), tqdm(total=len(datastore), desc="add", unit=" keys", unit_scale=True) as progress:
         for keys in datastore.key_chunks(config.chunk):
             index.add(keys.astype("float32"))
@@ -100,7 +112,7 @@ def build_index(datastore: Datastore, config: IndexConfig) -> IndexReport:
     with spans.span("write"):
         description.unlink(missing_ok=True)
         built.save(path)
-    report = _report(built, factory, len(sample), config, datastore, dict(spans.seconds))
+    report = _report(built, factory, points, config, datastore, dict(spans.seconds))
     beside = description.with_name(description.name + ".partial")
     beside.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     beside.replace(description)
@@ -117,7 +129,11 @@ def open_index(datastore: Datastore, name: str = "index") -> FaissIndex:
     description = path.with_suffix(".json")
     if not path.exists() or not description.exists():
         raise DatastoreError(f"{datastore.folder} has no index called {name!r}; build it with build_index.py")
-    report, index = IndexReport.load(description), FaissIndex.load(path)
+    report = IndexReport.load(description)
+    try:
+        index = FaissIndex.load(path)
+    except ValueError as error:
+        raise DatastoreError(str(error)) from error
     if report.datastore_sha256 != datastore_fingerprint(datastore) or len(index) != len(datastore):
         raise DatastoreError(
             f"{path} indexes {len(index)} keys of the datastore {report.datastore_sha256[:12]}, but {datastore.folder} "
@@ -131,22 +147,46 @@ def datastore_fingerprint(datastore: Datastore) -> str:
     return file_sha256(datastore.folder / FILE_NAME)
 
 
-def _differences(existing: IndexReport, factory: str, config: IndexConfig, datastore: Datastore) -> list[str]:
-    fingerprint = datastore_fingerprint(datastore)
-    pairs = [("factory", existing.factory, factory), ("seed", existing.seed, config.seed)]
-    if config.train_points is not None:
-        pairs.append(("train_points", existing.train_points, min(config.train_points, len(datastore))))
-    pairs.append(("datastore", existing.datastore_sha256[:12], fingerprint[:12]))
-    return [f"{name} {old} against {new}" for name, old, new in pairs if old != new]
+def _existing(path: Path, description: Path, datastore: Datastore) -> IndexReport | None:
+    """What is said of an index that is of use; None if there is none."""
+    if not path.exists() or not description.exists():
+        return None
+    try:
+        report = IndexReport.load(description)
+        index = FaissIndex.load(path)
+    except (DatastoreError, ValueError) as error:
+        log.warning("%s", error)
+        return None
+    fits = report.datastore_sha256 == datastore_fingerprint(datastore) and len(index) == len(datastore)
+    return report if fits else None
+
+
+def _differences(existing: IndexReport, factory: str, points: int, seed: int) -> list[str]:
+    wanted = {"factory": factory, "train_points": points, "seed": seed}
+    there = {name: getattr(existing, name) for name in wanted}
+    return [f"{name} {there[name]} against {wanted[name]}" for name in wanted if there[name] != wanted[name]]
 
 
 def _make(factory: str, key_size: int) -> faiss.Index:
     try:
-        return faiss.index_factory(key_size, factory, faiss.METRIC_L2)
+        index = faiss.index_factory(key_size, factory, faiss.METRIC_L2)
     except RuntimeError as error:
         raise ValueError(
             f"factory is {factory!r}, which FAISS cannot make for keys of {key_size} dimensions ({error}); expected a "
             "factory string such as Flat, IVF1024,PQ64x4fs or HNSW32, with a number of sub-quantizers that divides D"
+        ) from error
+    if isinstance(index, faiss.IndexRefine):
+        index.k_factor = REFINED
+    return index
+
+
+def _train(index: faiss.Index, factory: str, sample: NDArray[np.float32]) -> None:
+    try:
+        index.train(sample)
+    except RuntimeError as error:
+        raise ValueError(
+            f"factory is {factory!r}, which FAISS cannot train on {len(sample)} keys ({error}); expected at least 256 "
+            "keys for codes of 8 bits (PQ64) and 16 for codes of 4 bits (PQ64x4fs): choose Flat for a small datastore"
         ) from error
 
 
@@ -179,9 +219,7 @@ def _report(
         train_points=points,
         seed=config.seed,
         imbalance_factor=None if sizes is None else imbalance_factor(torch.from_numpy(sizes)),
-        homogeneity=None
-        if lists is None
-        else homogeneity(torch.from_numpy(lists), torch.from_numpy(datastore.values)),
+        homogeneity=None if lists is None else homogeneity(torch.from_numpy(lists), torch.from_numpy(datastore.values)),
         datastore_sha256=datastore_fingerprint(datastore),
         seconds={name: round(value, 3) for name, value in seconds.items()},
     )

@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from lightning_knnmt.datastore.manifest import FILE_NAME
+
 
 @dataclass(frozen=True)
 class IndexConfig:
@@ -15,7 +17,7 @@ class IndexConfig:
         seed: Seed of the sample.
         chunk: Keys added at a time.
         name: Files are called NAME.faiss and NAME.json, beside the shards.
-        overwrite: Replace an index of that name that was built from something else; otherwise that is an error.
+        overwrite: Replace an index of that name that was built with other settings; otherwise that is an error.
     """
 
     factory: str = "auto"
@@ -30,8 +32,8 @@ class IndexConfig:
             raise ValueError(f"train_points is {self.train_points}, expected 1 or more")
         if self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}, expected 1 or more")
-        if not self.name or "/" in self.name:
-            raise ValueError(f"name is {self.name!r}, expected a file name without folders")
+        if not self.name or "/" in self.name or f"{self.name}.json" == FILE_NAME:
+            raise ValueError(f"name is {self.name!r}, expected a file name without folders, other than the manifest's")
 
 
 def choose_factory(entries: int, key_size: int) -> str:

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import lightning as L
 
+from lightning_knnmt.training.module import TranslationModule
+
 
 class ExportBackbone(L.Callback):
     """Write the model as a Hugging Face folder after each validation that is the best so far, and at the end.
@@ -24,7 +26,7 @@ class ExportBackbone(L.Callback):
         value = float("-inf") if self.monitor is None else float(trainer.callback_metrics[self.monitor])
         if value <= self.best:
             self.best = value
-            if trainer.is_global_zero:
+            if trainer.is_global_zero and isinstance(pl_module, TranslationModule):
                 pl_module.backbone.save(self.folder)
 
     def state_dict(self) -> dict[str, float]:

@@ -1,12 +1,13 @@
 """The LightningModule around a pretrained translation model."""
 
 import math
-from typing import Literal
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 
 from lightning_knnmt.backbone import Backbone, Batch
 from lightning_knnmt.training.schedule import Schedule
@@ -66,10 +67,9 @@ class TranslationModule(L.LightningModule):
         if loss is not None:
             self.log("val/perplexity", math.exp(min(float(loss), 50.0)), prog_bar=True)
 
-    def configure_optimizers(self) -> dict[str, object]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Adam with the schedule's rates."""
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(trainable, lr=self.schedule.lr, betas=(0.9, 0.98), fused=True)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.schedule.factor)
-        interval: Literal["step"] = "step"
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval}}
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -1,0 +1,173 @@
+"""Cost of one kNN decoding step beside the search alone: ``python benchmarks/step.py --quick``.
+
+Retrieval and mixing, from the queries and the model's logits to the logits of the mixture, against `search` of the very
+same FAISS index. The reference mixes as most systems do: both distributions over the whole vocabulary, then a log.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_knnmt.combiners import FixedCombiner
+from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.datastore import Datastore, Manifest, Provenance, ShardInfo
+from lightning_knnmt.datastore.manifest import file_sha256
+from lightning_knnmt.datastore.shard import ShardWriter
+from lightning_knnmt.index import IndexConfig, build_index, open_index
+from lightning_knnmt.retrieval import DatastoreRetriever, Neighbors
+
+GOAL = 1.3
+
+
+def make_store(folder: Path, entries: int, key_size: int, vocabulary: int, rng: np.random.Generator) -> Datastore:
+    """A datastore of clumpy keys whose tokens are as skewed as words are."""
+    values = (rng.zipf(1.2, entries) % vocabulary).astype(np.int32)
+    centers = rng.normal(size=(512, key_size))
+    keys = (2 * centers[values % 512] + rng.normal(size=(entries, key_size))).astype(np.float16)
+    path = folder / "shard-00000.h5"
+    with ShardWriter(path, entries, 1, key_size) as writer:
+        writer.append(keys, values, [entries], [Pair("source", "target")], [0])
+    provenance = Provenance("benchmark", "0" * 64, "0" * 64, "decoder_output", key_size, None, None)
+    shard = ShardInfo(path.name, entries, 1, file_sha256(path))
+    Manifest(provenance, "benchmark", "0" * 64, {}, entries, (shard,)).save(folder)
+    return Datastore(folder)
+
+
+def dense_reference(logits: Tensor, neighbors: Neighbors, lambda_: float, temperature: float) -> Tensor:
+    """log(λ p_kNN + (1 − λ) p_NMT) over the whole vocabulary, shape (R, V)."""
+    weights = torch.softmax(-neighbors.distances / temperature, -1)
+    knn = torch.zeros_like(logits).scatter_add_(1, neighbors.values, weights)
+    return (lambda_ * knn + (1 - lambda_) * torch.softmax(logits, -1)).log()
+
+
+def one_hot_reference(logits: Tensor, neighbors: Neighbors, lambda_: float, temperature: float) -> Tensor:
+    """The same with a [R, K, V] tensor of each neighbor's distribution."""
+    weights = torch.softmax(-neighbors.distances / temperature, -1)
+    spread = logits.new_zeros(*neighbors.values.shape, logits.shape[1])  # [R, K, V]
+    knn = spread.scatter_(2, neighbors.values.unsqueeze(2), weights.unsqueeze(2)).sum(1)
+    return (lambda_ * knn + (1 - lambda_) * torch.softmax(logits, -1)).log()
+
+
+def interleaved(
+    work: dict[str, Callable[[], object]], repeats: int, prepare: Callable[[], object]
+) -> dict[str, list[float]]:
+    """Milliseconds of each piece of work, taken in turn so that a slow moment of the machine strikes all of them."""
+    times: dict[str, list[float]] = {name: [] for name in work}
+    for repeat in range(repeats + 1):
+        for name, run in work.items():
+            prepare()
+            start = time.perf_counter()
+            run()
+            if repeat:  # the first is a warm-up
+                times[name].append(1000 * (time.perf_counter() - start))
+    return times
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Medians of all parts, their ratio, and the settings."""
+    rng, generator = np.random.default_rng(options.seed), torch.Generator().manual_seed(options.seed)
+    logits = 3 * torch.randn(options.queries, options.vocabulary, generator=generator)
+    combiner = FixedCombiner(options.lambda_, options.temperature)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        make_store(Path(folder), options.entries, options.key_size, options.vocabulary, rng) as store,
+        torch.inference_mode(),
+    ):
+        build_index(store, IndexConfig(options.factory))
+        retriever = DatastoreRetriever(store, open_index(store), options.k, options.nprobe)
+        chosen = rng.choice(options.entries, options.queries, replace=False)
+        queries = store.sample_keys(options.entries)[chosen]
+        queries += rng.normal(size=queries.shape, scale=0.5).astype(np.float32)
+        states = torch.from_numpy(queries)
+        neighbors = retriever.retrieve(states)
+        given = logits.clone()  # the model makes new logits at every step, which mixing may overwrite
+        mixing = (options.lambda_, options.temperature)
+        work: dict[str, Callable[[], object]] = {
+            "search alone": lambda: retriever.index.index.search(queries, options.k),
+            "retrieve and mix": lambda: combiner(given, retriever.retrieve(states), in_place=True),
+            "mix": lambda: combiner(given, neighbors, in_place=True),
+            "dense reference: retrieve and mix": lambda: dense_reference(given, retriever.retrieve(states), *mixing),
+            "dense reference: mix": lambda: dense_reference(given, neighbors, *mixing),
+        }
+        times = interleaved(work, options.repeats, lambda: given.copy_(logits))
+        small = slice(0, max(1, options.queries // 16))  # [R, K, V] of all rows would be gigabytes
+        few = Neighbors(neighbors.distances[small], neighbors.values[small], neighbors.ids[small])
+        times["one-hot reference: mix, 1/16 of the queries"] = interleaved(
+            {"mix": lambda: one_hot_reference(logits[small], few, *mixing)}, min(3, options.repeats), lambda: None
+        )["mix"]
+        mixed = combiner(logits, neighbors).log_softmax(-1)
+        difference = float((mixed - dense_reference(logits, neighbors, *mixing)).abs().max())
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    search = medians["search alone"]
+    return {
+        "ratio": round(medians["retrieve and mix"] / search, 3),
+        "goal": GOAL,
+        "reference_ratio": round(medians["dense reference: retrieve and mix"] / search, 3),
+        "median_ms": {name: round(value, 2) for name, value in medians.items()},
+        "minimum_ms": {name: round(min(values), 2) for name, values in times.items()},
+        "largest_difference_of_log_probabilities": difference,
+        "settings": {name: value for name, value in vars(options).items() if name not in ("json", "quick")},
+        "threads": {"torch": torch.get_num_threads(), "faiss": faiss.omp_get_max_threads()},
+        "versions": {name: version(name) for name in ("torch", "numpy")} | {"faiss": faiss.__version__},
+        "machine": {"platform": platform.platform(), "processor": processor(), "python": platform.python_version()},
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as a Markdown table."""
+    rows = ["| one decoding step | median ms | minimum ms | of search alone |", "|---|---|---|---|"]
+    search = result["median_ms"]["search alone"]
+    for name, median in result["median_ms"].items():
+        share = "" if math.isclose(search, 0) else f"{median / search:.2f}"
+        rows.append(f"| {name} | {median:.1f} | {result['minimum_ms'][name]:.1f} | {share} |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    """Measure, print a table, and write it as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--factory", default="Flat", help="FAISS factory string")
+    parser.add_argument("--nprobe", type=int, default=8, help="lists probed, where the index has lists")
+    for name, value in (("queries", 256), ("entries", 100_000), ("key_size", 256), ("vocabulary", 42_000), ("k", 64)):
+        parser.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--lambda_", type=float, default=0.5)
+    parser.add_argument("--temperature", type=float, default=100.0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, help="timed repeats of each part; 41, or 11 with --quick")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    options.repeats = options.repeats or (11 if options.quick else 41)
+    torch.set_num_threads(options.threads)
+    faiss.omp_set_num_threads(options.threads)
+    result = measure(options)
+    print(table(result))
+    print(f"\nratio {result['ratio']} (goal {GOAL} or less), the dense reference's {result['reference_ratio']}")
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

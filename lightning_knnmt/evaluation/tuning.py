@@ -1,0 +1,201 @@
+"""Choosing k, λ, T and nprobe on held-out text: likelihood first, BLEU between the few best."""
+
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_knnmt.backbone import Backbone, collate
+from lightning_knnmt.data.batching import token_budget_batches
+from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.decoding import Decoding
+from lightning_knnmt.evaluation.scores import corpus_scores
+from lightning_knnmt.functional.knn import knn_log_weights
+from lightning_knnmt.search import KnnSearch, KnnSettings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The settings to choose from.
+
+    Attributes:
+        k: Numbers of neighbors.
+        lambda_: Shares of the neighbors, each in (0, 1).
+        temperature: Temperatures, in units of squared distance; None: multiples of the distance that half of the
+            nearest neighbors have, since T scales with the keys' squared norm.
+        nprobe: Numbers of lists to scan.
+        nprobe_tolerance: The smallest nprobe is taken whose best log-likelihood per token is within this many nats of
+            the best of all.
+        finalists: How many settings BLEU decides between.
+        max_tokens: Most tokens of a teacher-forced batch.
+    """
+
+    k: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32])
+    lambda_: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    temperature: list[float] | None = None
+    nprobe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    nprobe_tolerance: float = 0.01
+    finalists: int = 4
+    max_tokens: int = 4096
+
+    def __post_init__(self) -> None:
+        for name in ("k", "lambda_", "nprobe"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty, expected at least one candidate")
+        if not all(0 < share < 1 for share in self.lambda_):
+            raise ValueError(f"lambda_ is {self.lambda_}, expected values between 0 and 1, both excluded")
+        if self.finalists < 1:
+            raise ValueError(f"finalists is {self.finalists}, expected 1 or more")
+
+
+@dataclass(frozen=True)
+class ReferenceStates:
+    """Teacher-forced states of N reference tokens.
+
+    Attributes:
+        queries: Keys, shape (N, D).
+        tokens: The references' tokens, shape (N,).
+        log_probs: The plain model's log-probability of them, shape (N,).
+    """
+
+    queries: Tensor
+    tokens: Tensor
+    log_probs: Tensor
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting and how well it predicts the references.
+
+    Attributes:
+        settings: k, λ, T and nprobe.
+        log_likelihood: Mean natural log-probability of a reference token.
+        bleu: Corpus BLEU of the validation split; None if it was not a finalist.
+    """
+
+    settings: KnnSettings
+    log_likelihood: float
+    bleu: float | None = None
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """The outcome of tuning.
+
+    Attributes:
+        best: The chosen setting.
+        plain_log_likelihood: That of the plain model, per token.
+        finalists: The settings that BLEU decided between, best first.
+        tried: How many settings were compared by likelihood.
+        tokens: Reference tokens that the likelihoods are means of.
+    """
+
+    best: KnnSettings
+    plain_log_likelihood: float
+    finalists: tuple[Candidate, ...]
+    tried: int
+    tokens: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def reference_states(backbone: Backbone, pairs: Sequence[Pair], max_tokens: int) -> ReferenceStates:
+    """States, tokens and plain log-probabilities of the references of some pairs, in one teacher-forced pass."""
+    sources, targets = backbone.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])
+    lengths = [max(len(src), len(tgt)) for src, tgt in zip(sources, targets, strict=True)]
+    queries, tokens, log_probs = [], [], []
+    for numbers in token_budget_batches(lengths, max_tokens):
+        batch = collate([sources[n] for n in numbers], [targets[n] for n in numbers], backbone.pad_id)
+        batch = batch.to(backbone.device)
+        assert batch.labels is not None
+        keys, logits = backbone.keys_and_logits(batch)
+        mask = batch.target_mask
+        labels = batch.labels[mask]
+        queries.append(keys[mask].float())
+        tokens.append(labels)
+        log_probs.append(logits[mask].float().log_softmax(-1).gather(1, labels[:, None]).squeeze(1))
+    return ReferenceStates(torch.cat(queries), torch.cat(tokens), torch.cat(log_probs))
+
+
+def likelihoods(search: KnnSearch, states: ReferenceStates, grid: Grid) -> list[Candidate]:
+    """Mean log-likelihood of the references under every setting; neighbors are retrieved once for each nprobe."""
+    candidates = []
+    temperatures = grid.temperature
+    plain = states.log_probs.exp()
+    for nprobe in grid.nprobe:
+        neighbors = search.retriever(max(grid.k), nprobe).retrieve(states.queries)
+        if temperatures is None:
+            temperatures = default_temperatures(neighbors.distances)
+        match = neighbors.values == states.tokens[:, None]  # [N, K]
+        for k, temperature in itertools.product(grid.k, temperatures):
+            weights = knn_log_weights(neighbors.distances[:, :k], temperature).exp()
+            knn = (weights * match[:, :k]).sum(1)
+            found = weights.sum(1) > 0  # rows without neighbors are left to the model
+            for lambda_ in grid.lambda_:
+                mixed = torch.where(found, lambda_ * knn + (1 - lambda_) * plain, plain)
+                candidates.append(Candidate(KnnSettings(k, lambda_, temperature, nprobe), float(mixed.log().mean())))
+    return candidates
+
+
+def default_temperatures(distances: Tensor) -> list[float]:
+    """Six temperatures around the median distance of the nearest neighbors, rounded to two digits."""
+    nearest = distances[:, 0]
+    finite = nearest[nearest.isfinite() & (nearest > 0)]
+    median = float(finite.median()) if len(finite) else 10.0
+    return [float(f"{median * factor:.2g}") for factor in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)]
+
+
+def tune(search: KnnSearch, pairs: Sequence[Pair], grid: Grid, decoding: Decoding) -> Tuning:
+    """Choose settings on a validation split.
+
+    The likelihood of the references under every setting follows from one pass; the smallest sufficient nprobe is
+    taken, then the best setting of each λ, and of those the best `finalists` are decoded and compared by BLEU.
+
+    Args:
+        search: Model and datastore.
+        pairs: The validation split; never the test split.
+        grid: The settings to choose from.
+        decoding: How finalists are decoded.
+
+    Returns:
+        The chosen settings and what they were compared with.
+    """
+    states = reference_states(search.backbone, pairs, grid.max_tokens)
+    candidates = likelihoods(search, states, grid)
+    best = max(candidate.log_likelihood for candidate in candidates)
+    nprobe = min(
+        candidate.settings.nprobe
+        for candidate in candidates
+        if candidate.log_likelihood >= best - grid.nprobe_tolerance
+    )
+    of_each_share = [
+        max(
+            (c for c in candidates if c.settings.nprobe == nprobe and c.settings.lambda_ == lambda_),
+            key=lambda candidate: candidate.log_likelihood,
+        )
+        for lambda_ in grid.lambda_
+    ]
+    of_each_share.sort(key=lambda candidate: -candidate.log_likelihood)
+    finalists = []
+    for candidate in of_each_share[: grid.finalists]:
+        texts = search.translator(candidate.settings, decoding).translate([pair.src for pair in pairs]).texts
+        bleu = corpus_scores(texts, [pair.tgt for pair in pairs]).bleu.value
+        log.info("%s: log-likelihood %.3f, BLEU %.2f", candidate.settings, candidate.log_likelihood, bleu)
+        finalists.append(Candidate(candidate.settings, candidate.log_likelihood, bleu))
+    finalists.sort(key=lambda candidate: -(candidate.bleu or 0.0))
+    return Tuning(
+        best=finalists[0].settings,
+        plain_log_likelihood=float(states.log_probs.mean()),
+        finalists=tuple(finalists),
+        tried=len(candidates),
+        tokens=len(states.tokens),
+    )

@@ -1,0 +1,71 @@
+"""The settings of a kNN search, and everything that it takes to translate with them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.combiners import FixedCombiner
+from lightning_knnmt.datastore import Datastore
+from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.index import IndexReport, open_index
+from lightning_knnmt.retrieval import DatastoreRetriever
+
+
+@dataclass(frozen=True)
+class KnnSettings:
+    """How neighbors are searched and mixed in.
+
+    Attributes:
+        k: Neighbors of each query.
+        lambda_: λ, the neighbors' share, in [0, 1].
+        temperature: T, in units of squared distance.
+        nprobe: Inverted lists that each query scans.
+    """
+
+    k: int = 16
+    lambda_: float = 0.5
+    temperature: float = 10.0
+    nprobe: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("k", "nprobe"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        FixedCombiner(self.lambda_, self.temperature)
+
+
+class KnnSearch:
+    """A backbone with a datastore that was built from it.
+
+    Args:
+        backbone: The model.
+        datastore: Its datastore.
+        index: Name of the datastore's index.
+
+    Raises:
+        DatastoreError: The datastore was built with another model, tokenizer, key type or language.
+    """
+
+    def __init__(self, backbone: Backbone, datastore: Datastore, index: str = "index") -> None:
+        datastore.check(backbone)
+        self.backbone, self.datastore = backbone, datastore
+        self.index = open_index(datastore, index)
+        self.report = IndexReport.load(datastore.folder / f"{index}.json")
+
+    def retriever(self, k: int, nprobe: int) -> DatastoreRetriever:
+        """A retriever of k neighbors out of nprobe lists."""
+        return DatastoreRetriever(self.datastore, self.index, k, nprobe)
+
+    def translator(self, settings: KnnSettings, decoding: Decoding) -> Translator:
+        """A translator with neighbors."""
+        combiner = FixedCombiner(settings.lambda_, settings.temperature)
+        return Translator(self.backbone, decoding, self.retriever(settings.k, settings.nprobe), combiner)
+
+
+@contextmanager
+def open_search(backbone: Backbone, datastore: Path, index: str = "index") -> Iterator[KnnSearch]:
+    """Open a datastore and its index for as long as the block runs."""
+    with Datastore(datastore) as store:
+        yield KnnSearch(backbone, store, index)

@@ -1,0 +1,74 @@
+"""Datastores for tests: written by hand from given keys, or built with a tiny model."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tiny_models import ENGLISH, GERMAN
+
+from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.data.readers import CorpusFile
+from lightning_knnmt.datastore import Datastore, DatastoreConfig, Manifest, Provenance, ShardInfo, build_datastore
+from lightning_knnmt.datastore.manifest import file_sha256
+from lightning_knnmt.datastore.shard import ShardWriter
+
+
+def corpus_pairs(size: int, seed: int = 0) -> list[Pair]:
+    """Pairs of one to four words, of different lengths, none longer than a tiny model's positions."""
+    rng = np.random.default_rng(seed)
+    pairs = []
+    for number in range(size):
+        row, words = rng.integers(0, len(GERMAN)), rng.integers(1, 5)
+        src, tgt = (" ".join(side[row].split()[:words]) for side in (GERMAN, ENGLISH))
+        pairs.append(Pair(f"{number} {src}", tgt, f"page-{number % 3}"))
+    return pairs
+
+
+def write_corpus(path: Path, pairs: Sequence[Pair]) -> CorpusFile:
+    """A JSONL corpus."""
+    lines = (json.dumps({"src": p.src, "tgt": p.tgt, "document": p.document}, ensure_ascii=False) for p in pairs)
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return CorpusFile(path)
+
+
+def build_store(backbone: Backbone, folder: Path, pairs: Sequence[Pair], shard_entries: int = 1 << 20) -> Datastore:
+    """A datastore of some pairs, open."""
+    folder.mkdir(parents=True)
+    corpus = write_corpus(folder / "corpus.jsonl", pairs)
+    build_datastore(backbone, DatastoreConfig(folder, corpus, max_tokens=128, shard_entries=shard_entries))
+    return Datastore(folder)
+
+
+def write_store(
+    folder: Path, keys: NDArray[np.float16], values: NDArray[np.int32], shard_sizes: Sequence[int] | None = None
+) -> Datastore:
+    """A datastore of given keys of shape (N, D) in shards of given sizes, each entry a sentence of its own, open."""
+    sizes = [len(keys)] if shard_sizes is None else list(shard_sizes)
+    assert sum(sizes) == len(keys)
+    folder.mkdir(parents=True)
+    shards = []
+    start = 0
+    for number, size in enumerate(sizes):
+        path, rows = folder / f"shard-{number:05d}.h5", range(start, start + size)
+        with ShardWriter(path, size, size, keys.shape[1]) as writer:
+            pairs = [Pair(f"source {row}", f"target {row}") for row in rows]
+            part = slice(rows.start, rows.stop)
+            writer.append(keys[part], values[part], [1] * size, pairs, list(rows))
+        shards.append(ShardInfo(path.name, size, size, file_sha256(path)))
+        start += size
+    provenance = Provenance("by hand", "0" * 64, "1" * 64, "decoder_output", keys.shape[1], None, None)
+    Manifest(provenance, "none", file_sha256(folder / shards[0].file), {}, max(sizes), tuple(shards)).save(folder)
+    return Datastore(folder)
+
+
+def clumpy_keys(entries: int, key_size: int, seed: int = 0) -> tuple[NDArray[np.float16], NDArray[np.int32]]:
+    """Keys around 40 centers of very different weight, and tokens that follow the centers for the most part."""
+    rng = np.random.default_rng(seed)
+    weights = 1 / np.arange(1, 41)
+    centers = rng.choice(40, entries, p=weights / weights.sum())
+    keys = 3 * rng.normal(size=(40, key_size))[centers] + rng.normal(size=(entries, key_size))
+    values = np.where(rng.random(entries) < 0.7, centers, rng.integers(0, 40, entries))
+    return keys.astype(np.float16), values.astype(np.int32)
