@@ -5,17 +5,13 @@ same FAISS index. The reference mixes as most systems do: both distributions ove
 """
 
 import argparse
-import json
-import math
-import platform
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import common
 import faiss
 import numpy as np
 import torch
@@ -61,21 +57,6 @@ def one_hot_reference(logits: Tensor, neighbors: Neighbors, lambda_: float, temp
     return (lambda_ * knn + (1 - lambda_) * torch.softmax(logits, -1)).log()
 
 
-def interleaved(
-    work: dict[str, Callable[[], object]], repeats: int, prepare: Callable[[], object]
-) -> dict[str, list[float]]:
-    """Milliseconds of each piece of work, taken in turn so that a slow moment of the machine strikes all of them."""
-    times: dict[str, list[float]] = {name: [] for name in work}
-    for repeat in range(repeats + 1):
-        for name, run in work.items():
-            prepare()
-            start = time.perf_counter()
-            run()
-            if repeat:  # the first is a warm-up
-                times[name].append(1000 * (time.perf_counter() - start))
-    return times
-
-
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Medians of all parts, their ratio, and the settings."""
     rng, generator = np.random.default_rng(options.seed), torch.Generator().manual_seed(options.seed)
@@ -102,10 +83,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             "dense reference: retrieve and mix": lambda: dense_reference(given, retriever.retrieve(states), *mixing),
             "dense reference: mix": lambda: dense_reference(given, neighbors, *mixing),
         }
-        times = interleaved(work, options.repeats, lambda: given.copy_(logits))
+        times = common.interleaved(work, options.repeats, lambda: given.copy_(logits))
+        threshold, faiss.cvar.distance_compute_blas_threshold = faiss.cvar.distance_compute_blas_threshold, 128_000
+        times["search alone with FAISS's own threshold of BLAS"] = common.interleaved(
+            {"search": work["search alone"]}, min(3, options.repeats), lambda: None
+        )["search"]
+        faiss.cvar.distance_compute_blas_threshold = threshold
         small = slice(0, max(1, options.queries // 16))  # [R, K, V] of all rows would be gigabytes
         few = Neighbors(neighbors.distances[small], neighbors.values[small], neighbors.ids[small])
-        times["one-hot reference: mix, 1/16 of the queries"] = interleaved(
+        times["one-hot reference: mix, 1/16 of the queries"] = common.interleaved(
             {"mix": lambda: one_hot_reference(logits[small], few, *mixing)}, min(3, options.repeats), lambda: None
         )["mix"]
         mixed = combiner(logits, neighbors).log_softmax(-1)
@@ -120,17 +106,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "minimum_ms": {name: round(min(values), 2) for name, values in times.items()},
         "largest_difference_of_log_probabilities": difference,
         "settings": {name: value for name, value in vars(options).items() if name not in ("json", "quick")},
-        "threads": {"torch": torch.get_num_threads(), "faiss": faiss.omp_get_max_threads()},
-        "versions": {name: version(name) for name in ("torch", "numpy")} | {"faiss": faiss.__version__},
-        "machine": {"platform": platform.platform(), "processor": processor(), "python": platform.python_version()},
+        **common.environment(),
     }
-
-
-def processor() -> str:
-    """The processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def table(result: dict[str, Any]) -> str:
@@ -138,8 +115,7 @@ def table(result: dict[str, Any]) -> str:
     rows = ["| one decoding step | median ms | minimum ms | of search alone |", "|---|---|---|---|"]
     search = result["median_ms"]["search alone"]
     for name, median in result["median_ms"].items():
-        share = "" if math.isclose(search, 0) else f"{median / search:.2f}"
-        rows.append(f"| {name} | {median:.1f} | {result['minimum_ms'][name]:.1f} | {share} |")
+        rows.append(f"| {name} | {median:.1f} | {result['minimum_ms'][name]:.1f} | {median / search:.2f} |")
     return "\n".join(rows)
 
 
@@ -151,22 +127,20 @@ def main() -> None:
     parser.add_argument("--factory", default="Flat", help="FAISS factory string")
     parser.add_argument("--nprobe", type=int, default=8, help="lists probed, where the index has lists")
     for name, value in (("queries", 256), ("entries", 100_000), ("key_size", 256), ("vocabulary", 42_000), ("k", 64)):
-        parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--lambda_", type=float, default=0.5)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--lambda", dest="lambda_", type=float, default=0.5)
     parser.add_argument("--temperature", type=float, default=100.0)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, help="timed repeats of each part; 41, or 11 with --quick")
+    parser.add_argument("--repeats", type=int, help="timed repeats of each part; 41, or 15 with --quick")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    options.repeats = options.repeats or (11 if options.quick else 41)
-    torch.set_num_threads(options.threads)
-    faiss.omp_set_num_threads(options.threads)
+    options.repeats = options.repeats or (15 if options.quick else 41)
+    common.set_threads(options.threads)
     result = measure(options)
     print(table(result))
     print(f"\nratio {result['ratio']} (goal {GOAL} or less), the dense reference's {result['reference_ratio']}")
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        common.write_json(options.json, result)
 
 
 if __name__ == "__main__":

@@ -232,7 +232,7 @@ def test_a_datastore_of_another_corpus_is_refused_and_replaced_when_asked(
 def test_a_datastore_of_another_key_type_is_not_kept(folder: Path, backbone: Backbone, config: DatastoreConfig) -> None:
     build_datastore(backbone, config)
     other = Backbone(str(folder), key_type="ffn_input", device="cpu")
-    with pytest.raises(DatastoreError, match="key_type decoder_output against ffn_input .there against wanted."):
+    with pytest.raises(DatastoreError, match=r"key_type decoder_output against ffn_input .there against wanted."):
         build_datastore(other, config)
 
 
@@ -422,7 +422,7 @@ def test_other_weights_in_a_folder_of_the_same_name_are_another_model(
         copy = tmp_path / "marian"
         backbone.tokenizer.save_pretrained(copy)
         model.save_pretrained(copy)
-        with pytest.raises(DatastoreError, match="does not fit the model .*: model "):
+        with pytest.raises(DatastoreError, match=r"does not fit the model .*: model "):
             store.check(Backbone(str(copy), device="cpu"))
 
 

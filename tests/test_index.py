@@ -1,5 +1,8 @@
 """Indexes against brute force in numpy and FAISS's own figures."""
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -210,7 +213,7 @@ def test_a_damaged_index_does_not_open_and_is_built_again(
 
 
 def test_an_index_that_is_not_there_is_refused(store: Datastore, tmp_path: Path) -> None:
-    with pytest.raises(DatastoreError, match="has no index called 'other'; build it with build_index.py"):
+    with pytest.raises(DatastoreError, match=r"has no index called 'other'; build it with build_index.py"):
         open_index(store, "other")
     with pytest.raises(FileNotFoundError, match=r"none.faiss does not exist; build it with build_index.py"):
         FaissIndex.load(tmp_path / "none.faiss")
@@ -243,7 +246,7 @@ def test_a_factory_that_does_not_fit_is_refused(store: Datastore, factory: str, 
 def test_too_few_training_points_are_refused(store: Datastore) -> None:
     with pytest.raises(ValueError, match="with 64 lists, but there are only 63 training points of 900 entries"):
         build_index(store, IndexConfig("IVF64,Flat", train_points=63))
-    with pytest.raises(ValueError, match="'IVF4,PQ4', which FAISS cannot train on 200 keys .*at least 256 keys"):
+    with pytest.raises(ValueError, match=r"'IVF4,PQ4', which FAISS cannot train on 200 keys .*at least 256 keys"):
         build_index(store, IndexConfig("IVF4,PQ4", train_points=200))
 
 
@@ -316,3 +319,21 @@ def test_automatic_index_scores_more_candidates_again_than_it_returns(tmp_path: 
     assert report.train_points == 5200
     _, ids = brute_force(keys, 8)
     assert recall(found, ids) > recall(without, ids) + 0.2
+
+
+def test_step_benchmark_gives_its_ratio_beside_all_settings(tmp_path: Path) -> None:
+    sizes = {"queries": 6, "entries": 300, "key-size": 8, "vocabulary": 400, "k": 5, "repeats": 3}
+    script = Path(__file__).resolve().parents[1] / "benchmarks" / "step.py"
+    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
+    out = subprocess.run(
+        [sys.executable, str(script), "--quick", "--json", str(tmp_path / "out.json"), *options],
+        cwd=tmp_path, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    result = json.loads((tmp_path / "out.json").read_text())
+    medians = result["median_ms"]
+    assert result["ratio"] == pytest.approx(medians["retrieve and mix"] / medians["search alone"], rel=0.5)
+    assert f"ratio {result['ratio']} " in out.stdout
+    assert result["largest_difference_of_log_probabilities"] < 1e-4
+    assert result["settings"].items() >= {name.replace("-", "_"): value for name, value in sizes.items()}.items()
+    assert result["threads"] == {"torch": 1, "faiss": 1}
+    assert set(result["versions"]) == {"torch", "numpy", "faiss"}

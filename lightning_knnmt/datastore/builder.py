@@ -103,7 +103,7 @@ def build_datastore(backbone: Backbone, config: DatastoreConfig) -> Manifest:
         stale.unlink()
 
     report = ReadReport()
-    shards = []
+    shards: list[ShardInfo] = []
     with tqdm(total=total, desc=f"encode {config.corpus.path.name}", unit=" pairs") as progress:
         for items in _shards_of_items(backbone, read_pairs(config.corpus, report), config.shard_entries):
             path = folder / f"shard-{len(shards):05d}.h5"

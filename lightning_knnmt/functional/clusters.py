@@ -14,6 +14,7 @@ def imbalance_factor(sizes: Tensor) -> float:
     Returns:
         The factor; 1 for an empty index.
 
+    >>> import torch
     >>> imbalance_factor(torch.tensor([3, 1, 0, 0]))
     2.5
     """
@@ -32,6 +33,7 @@ def homogeneity(lists: Tensor, tokens: Tensor) -> float:
     Returns:
         A value in [0, 1]; 1 if there is only one token.
 
+    >>> import torch
     >>> homogeneity(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 7, 7]))
     1.0
     """
