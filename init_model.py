@@ -8,7 +8,7 @@ from lightning_knnmt.data.datamodule import load_split
 
 
 def init(train: Path, out: Path, size: MarianSize = MarianSize(), seed: int = 1) -> None:
-    """Train joint subwords on a corpus and write them with randomly initialised weights.
+    """Train joint subwords on a corpus and write them with a randomly initialised Marian model.
 
     Args:
         train: Training split, a file written by `prepare_data.py`.
@@ -17,6 +17,8 @@ def init(train: Path, out: Path, size: MarianSize = MarianSize(), seed: int = 1)
         seed: Seed of the weights.
     """
     pairs = load_split(train)
+    if not pairs:
+        raise ValueError(f"train is {train}, which is empty; expected one pair or more")
     init_marian((text for pair in pairs for text in (pair.src, pair.tgt)), out, size, seed)
 
 

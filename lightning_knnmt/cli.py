@@ -1,6 +1,7 @@
 """What the scripts share: parsing, logging, and errors without a traceback."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -8,9 +9,11 @@ from typing import Any
 from jsonargparse import auto_cli
 from transformers.utils import logging as transformers_logging
 
-from lightning_knnmt.data.readers import MalformedCorpusError
 from lightning_knnmt.data.recipes import FetchError
 from lightning_knnmt.datastore import DatastoreError
+
+USER_ERROR = 2  # as jsonargparse exits for options that it does not know
+_EXPECTED = (DatastoreError, FetchError, ImportError, OSError, ValueError)
 
 
 def run_script(function: Callable[..., Any], args: list[str] | None = None) -> None:
@@ -19,12 +22,40 @@ def run_script(function: Callable[..., Any], args: list[str] | None = None) -> N
     Args:
         function: Its signature is the configuration.
         args: The command line; None: that of the process.
+
+    Raises:
+        SystemExit: With 2 after an error of the user, without a traceback unless JSONARGPARSE_DEBUG is set; with what
+            a shell expects after Ctrl-C and when whoever reads the output has gone.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    transformers_logging.disable_progress_bar()
+    _log_to_stderr()
     try:
         auto_cli(function, args=args, as_positional=False)
-    except (DatastoreError, FetchError, FileNotFoundError, MalformedCorpusError, ValueError) as error:
-        logging.getLogger(__name__).debug("traceback", exc_info=True)
-        sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        # Python writes what is left when it ends, and would complain that it cannot.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except _EXPECTED as error:
+        if "JSONARGPARSE_DEBUG" in os.environ:
+            raise
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(USER_ERROR)
+
+
+def peak_memory_mb() -> int:
+    """The most memory that this process has held so far, in MB."""
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
+
+
+def _log_to_stderr() -> None:
+    """Show this package's log; Hugging Face's libraries show their own."""
+    log = logging.getLogger("lightning_knnmt")
+    log.setLevel(logging.INFO)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log.handlers[:] = [handler]
+    transformers_logging.disable_progress_bar()

@@ -1,14 +1,17 @@
 """Which stored contexts stand behind each produced token."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from lightning_knnmt.combiners import FixedCombiner
 from lightning_knnmt.datastore import StoredContext
+from lightning_knnmt.decoding import Decoding, knn_decoding
 from lightning_knnmt.functional.knn import knn_log_weights
 from lightning_knnmt.search import KnnSearch, KnnSettings
+from lightning_knnmt.timing import Spans
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class ExplainedNeighbor:
         marked: The target with the token in brackets.
         token: The token that followed in that context.
         distance: Squared L2 distance of its key.
-        share: Its share of the kNN distribution.
+        share: Its share of the kNN distribution; the shares of all k neighbors sum to 1.
     """
 
     context: StoredContext
@@ -47,65 +50,109 @@ class ExplainedToken:
     neighbors: tuple[ExplainedNeighbor, ...]
 
 
+@dataclass(frozen=True)
+class Explanation:
+    """A translation, token by token.
+
+    Attributes:
+        text: The translation.
+        tokens: What it was put together from, the end of the sentence included.
+    """
+
+    text: str
+    tokens: tuple[ExplainedToken, ...]
+
+
 @torch.inference_mode()
 def explain(
-    search: KnnSearch, settings: KnnSettings, source: str, translation: str, shown: int = 3
-) -> list[ExplainedToken]:
-    """Explain a translation, token by token.
+    search: KnnSearch, settings: KnnSettings, decoding: Decoding, source: str, shown: int = 3
+) -> Explanation:
+    """Translate one text and say what each token rests on.
 
-    The states of a teacher-forced pass over the translation are those that decoding saw, so its neighbors are too.
+    The produced tokens are teacher-forced once more: the states of that pass are those that decoding saw, so its
+    neighbors are too. The text alone would not do, since a tokenizer may cut it otherwise than decoding produced it.
 
     Args:
         search: Model and datastore.
-        settings: k, λ, T and nprobe that the translation was made with.
+        settings: k, λ, T and nprobe.
+        decoding: Beam size and length.
         source: The source text.
-        translation: Its translation.
         shown: Neighbors listed for each token.
 
     Returns:
-        One entry for each token of the translation, the end of the sentence included.
+        The translation and one entry for each of its tokens.
     """
     backbone = search.backbone
-    batch = backbone.batch([source], [translation])
-    assert batch.labels is not None
-    keys, logits = backbone.keys_and_logits(batch)
-    tokens = batch.labels[0]
-    neighbors = search.retriever(settings.k, settings.nprobe).retrieve(keys[0])
-    shares = knn_log_weights(neighbors.distances, settings.temperature).exp()
-    mixed = FixedCombiner(settings.lambda_, settings.temperature)(logits[0], neighbors)
-    plain_probabilities = logits[0].float().softmax(-1).gather(1, tokens[:, None]).squeeze(1).tolist()
-    probabilities = mixed.float().softmax(-1).gather(1, tokens[:, None]).squeeze(1).tolist()
-    pieces = backbone.tokenizer.convert_ids_to_tokens(tokens.tolist())
-    return [
-        ExplainedToken(
-            token=piece,
-            model_probability=plain_probabilities[step],
-            probability=probabilities[step],
-            neighbors=tuple(
-                _explained(search, int(entry), float(distance), float(share))
-                for entry, distance, share in zip(
-                    neighbors.ids[step, :shown], neighbors.distances[step, :shown], shares[step, :shown], strict=True
-                )
-                if entry >= 0
-            ),
+    batch = backbone.batch([source])
+    retriever = search.retriever(settings.k, settings.nprobe)
+    combiner = FixedCombiner(settings.lambda_, settings.temperature)
+    with knn_decoding(backbone, retriever, combiner, Spans()):
+        sequences = backbone.generate(
+            batch, num_beams=decoding.beams, max_new_tokens=decoding.max_new_tokens, **decoding.options
         )
-        for step, piece in enumerate(pieces)
-    ]
+    labels = sequences[:, 1:]  # [1, 1 + T] -> [1, T]; the decoder's start is no prediction
+    keys, logits = backbone.keys_and_logits(replace(batch, labels=labels))
+    tokens = labels[0]
+    neighbors = retriever.retrieve(keys[0])
+    shares = knn_log_weights(neighbors.distances, settings.temperature).exp()
+    model_probabilities = logits[0].float().softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    probabilities = combiner(logits[0], neighbors).float().softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    return Explanation(
+        text=backbone.tokenizer.decode(tokens, skip_special_tokens=True),
+        tokens=tuple(
+            ExplainedToken(
+                token=piece,
+                model_probability=float(model_probabilities[step]),
+                probability=float(probabilities[step]),
+                neighbors=tuple(
+                    _explained(search, int(entry), float(distance), float(share))
+                    for entry, distance, share in zip(
+                        neighbors.ids[step, :shown],
+                        neighbors.distances[step, :shown],
+                        shares[step, :shown],
+                        strict=True,
+                    )
+                    if entry >= 0
+                ),
+            )
+            for step, piece in enumerate(backbone.tokenizer.convert_ids_to_tokens(tokens.tolist()))
+        ),
+    )
 
 
 def _explained(search: KnnSearch, entry: int, distance: float, share: float) -> ExplainedNeighbor:
     context = search.datastore.context(entry)
-    tokenizer = search.backbone.tokenizer
     ids = search.backbone.tokenize([context.pair.src], [context.pair.tgt])[1][0]
-    before, token, after = ids[: context.position], ids[context.position], ids[context.position + 1 :]
-    left, right = (tokenizer.decode(part, skip_special_tokens=True).strip() for part in (before, after))
-    piece = tokenizer.convert_ids_to_tokens(token)
-    return ExplainedNeighbor(context, f"{left} [{piece}] {right}".strip(), piece, distance, share)
+    marked = mark_token(search.backbone.tokenizer, ids, context.position)
+    piece = search.backbone.tokenizer.convert_ids_to_tokens(ids[context.position])
+    return ExplainedNeighbor(context, marked, piece, distance, share)
 
 
-def explanation_lines(tokens: Sequence[ExplainedToken]) -> Iterator[str]:
+def mark_token(tokenizer: Any, ids: list[int], position: int) -> str:
+    """A text with one of its tokens in brackets; a token without letters of its own, such as the end, by its name.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: The text's tokens.
+        position: Which of them to mark, from 0.
+    """
+    before, through, whole = (
+        tokenizer.decode(ids[:end], skip_special_tokens=True) for end in (position, position + 1, len(ids))
+    )
+    name = tokenizer.convert_ids_to_tokens(ids[position])
+    if not (through.startswith(before) and whole.startswith(through)):  # a detokenizer at work, or half a character
+        after = tokenizer.decode(ids[position + 1 :], skip_special_tokens=True)
+        return f"{before.strip()} [{name}] {after.strip()}".strip()
+    token, after = through[len(before) :], whole[len(through) :]
+    if not token.strip():
+        return f"{before} [{name}] {after.lstrip()}".strip()
+    gap = token[: len(token) - len(token.lstrip())]
+    return f"{before}{gap}[{token.strip()}]{after}"
+
+
+def explanation_lines(explanation: Explanation) -> Iterator[str]:
     """An explanation as indented text."""
-    for token in tokens:
+    for token in explanation.tokens:
         yield f"  {token.token}  p={token.probability:.2f} (model alone {token.model_probability:.2f})"
         for neighbor in token.neighbors:
             yield (

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from lightning_knnmt.backbone.batch import Batch, collate
 from lightning_knnmt.backbone.families import family_of, logits_bias, position_limit
 from lightning_knnmt.backbone.fingerprint import model_fingerprint, tokenizer_fingerprint
 from lightning_knnmt.backbone.languages import decoder_start, set_languages
+from lightning_knnmt.backbone.output_path import add_adapters, saved_state, untie
 from lightning_knnmt.backbone.tap import KeysReached, KeyTap, tap_input
 from lightning_knnmt.backbone.tokenization import token_ids
 
@@ -39,6 +40,7 @@ class Backbone(nn.Module):
 
     Attributes:
         cut_texts: How many texts were longer than the model's positions so far.
+        frozen: Whether only the way from the last decoder block to the logits can be trained.
 
     Raises:
         ValueError: An option does not fit the model.
@@ -65,6 +67,7 @@ class Backbone(nn.Module):
         self.family = family_of(config, self.name)
         self.position_limit = position_limit(config)
         self.cut_texts = 0
+        self.frozen = False
         self.tokenizer = self.family.tokenizer.from_pretrained(model)
         set_languages(self.tokenizer, self.name, src_lang, tgt_lang)
         self.model = AutoModelForSeq2SeqLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
@@ -91,9 +94,7 @@ class Backbone(nn.Module):
     @property
     def output_projection(self) -> nn.Linear:
         """The layer that turns decoder outputs into logits."""
-        module = self.family.output_projection(self.model)
-        assert isinstance(module, nn.Linear)
-        return module
+        return cast(nn.Linear, self.family.output_projection(self.model))  # or a wrapper with the same attributes
 
     @cached_property
     def model_fingerprint(self) -> str:
@@ -166,9 +167,10 @@ class Backbone(nn.Module):
 
     def project(self, states: Tensor) -> Tensor:
         """Logits of decoder outputs: (..., D) -> (..., V)."""
-        projection = self.output_projection
-        bias = projection.bias if (constant := logits_bias(self.model)) is None else constant.view(-1)
-        return F.linear(states, projection.weight, bias)
+        projection, constant = self.output_projection, logits_bias(self.model)
+        if not isinstance(projection, nn.Linear):  # with an adapter beside its weight
+            return projection(states) if constant is None else projection(states) + constant.view(-1)
+        return F.linear(states, projection.weight, projection.bias if constant is None else constant.view(-1))
 
     def keys_and_logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Keys and logits of one teacher-forced pass, shapes (B, T, D) and (B, T, V)."""
@@ -198,7 +200,38 @@ class Backbone(nn.Module):
         with torch.inference_mode():
             return self.model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)
 
+    def freeze_below_output(self, adapter_rank: int | None = None) -> None:
+        """Leave only the way from the last decoder block to the logits trainable, as in arXiv 2509.16729.
+
+        Trainable are the feed-forward layers of the last decoder block, the norm that makes the decoder's outputs, and
+        the output projection, which is untied from the embeddings. In training mode the last block keeps its dropout;
+        everything before it runs as in decoding, so that what is trained sees the states that it will see.
+
+        Args:
+            adapter_rank: Train low-rank adapters of that rank (LoRA, arXiv 2106.09685) in place of the linear layers'
+                weights.
+        """
+        untie(self.model, self.output_projection)
+        self.model.requires_grad_(False)
+        self.family.final_norm(self.model).requires_grad_(True)
+        layers = [*self.family.feed_forward_layers(self.model), self.output_projection]
+        if adapter_rank is None:
+            for layer in layers:
+                layer.requires_grad_(True)
+        else:
+            add_adapters(self.model, layers, adapter_rank)
+        self.frozen = True
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Switch dropout on or off; in what is frozen it stays off."""
+        super().train(mode)
+        if mode and self.frozen:
+            self.model.eval()
+            self.family.last_block(self.model).train()
+        return self
+
     def save(self, folder: Path) -> None:
-        """Write the model and its tokenizer as a Hugging Face folder."""
-        self.model.save_pretrained(folder)
+        """Write the model, adapters merged, and its tokenizer as a Hugging Face folder."""
+        self.model.save_pretrained(folder, state_dict=saved_state(self.model))
         self.tokenizer.save_pretrained(folder)

@@ -17,43 +17,68 @@ class Family:
     Attributes:
         output_projection: The module whose input is the key `decoder_output` and whose output are the logits.
         feed_forward: The module of the last decoder block whose input is the key `ffn_input`.
-        final_norm: The module between the last block and the output projection, None in post-norm models.
+        last_block: The last decoder block.
+        feed_forward_layers: The linear layers of its feed-forward part.
+        final_norm: The norm that makes the decoder's outputs: behind the last block in pre-norm models, that block's
+            own last one in post-norm models.
         time_first: Whether the decoder's blocks see (T, B, D) instead of (B, T, D).
         tokenizer: The class whose `from_pretrained` loads the family's tokenizers.
     """
 
     output_projection: Callable[[Any], nn.Module]
     feed_forward: Callable[[Any], nn.Module]
-    final_norm: Callable[[Any], nn.Module | None]
+    last_block: Callable[[Any], nn.Module]
+    feed_forward_layers: Callable[[Any], list[nn.Module]]
+    final_norm: Callable[[Any], nn.Module]
     time_first: bool = False
     tokenizer: Any = AutoTokenizer
+
+
+def _last_block(model: Any) -> Any:
+    return model.model.decoder.layers[-1]
+
+
+def _two_layers(model: Any) -> list[nn.Module]:
+    return [_last_block(model).fc1, _last_block(model).fc2]
 
 
 FAMILIES: dict[str, Family] = {
     "marian": Family(
         output_projection=lambda model: model.lm_head,
-        feed_forward=lambda model: model.model.decoder.layers[-1].fc1,
-        final_norm=lambda model: None,
+        feed_forward=lambda model: _last_block(model).fc1,
+        last_block=_last_block,
+        feed_forward_layers=_two_layers,
+        final_norm=lambda model: _last_block(model).final_layer_norm,
     ),
     "m2m_100": Family(
         output_projection=lambda model: model.lm_head,
-        feed_forward=lambda model: model.model.decoder.layers[-1].fc1,
+        feed_forward=lambda model: _last_block(model).fc1,
+        last_block=_last_block,
+        feed_forward_layers=_two_layers,
         final_norm=lambda model: model.model.decoder.layer_norm,
     ),
     "mbart": Family(
         output_projection=lambda model: model.lm_head,
-        feed_forward=lambda model: model.model.decoder.layers[-1].fc1,
+        feed_forward=lambda model: _last_block(model).fc1,
+        last_block=_last_block,
+        feed_forward_layers=_two_layers,
         final_norm=lambda model: model.model.decoder.layer_norm,
     ),
     "t5": Family(
         output_projection=lambda model: model.lm_head,
         feed_forward=lambda model: model.decoder.block[-1].layer[-1].DenseReluDense,
+        last_block=lambda model: model.decoder.block[-1],
+        feed_forward_layers=lambda model: [
+            module for module in model.decoder.block[-1].layer[-1].modules() if isinstance(module, nn.Linear)
+        ],
         final_norm=lambda model: model.decoder.final_layer_norm,
     ),
     "fsmt": Family(
         output_projection=lambda model: model.model.decoder.output_projection,
-        feed_forward=lambda model: model.model.decoder.layers[-1].fc1,
-        final_norm=lambda model: None,
+        feed_forward=lambda model: _last_block(model).fc1,
+        last_block=_last_block,
+        feed_forward_layers=_two_layers,
+        final_norm=lambda model: _last_block(model).final_layer_norm,
         time_first=True,
         tokenizer=FSMTTokenizer,
     ),

@@ -2,16 +2,19 @@
 
 import itertools
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_knnmt.backbone import Backbone, collate
 from lightning_knnmt.data.batching import token_budget_batches
 from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.data.splits import source_key
 from lightning_knnmt.decoding import Decoding
 from lightning_knnmt.evaluation.scores import corpus_scores
 from lightning_knnmt.functional.knn import knn_log_weights
@@ -42,16 +45,24 @@ class Grid:
     nprobe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     nprobe_tolerance: float = 0.01
     finalists: int = 4
-    max_tokens: int = 4096
+    max_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("k", "lambda_", "nprobe"):
-            if not getattr(self, name):
+        for name in ("k", "lambda_", "temperature", "nprobe"):
+            if getattr(self, name) == []:
                 raise ValueError(f"{name} is empty, expected at least one candidate")
+        for name in ("k", "nprobe"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more each")
         if not all(0 < share < 1 for share in self.lambda_):
             raise ValueError(f"lambda_ is {self.lambda_}, expected values between 0 and 1, both excluded")
-        if self.finalists < 1:
-            raise ValueError(f"finalists is {self.finalists}, expected 1 or more")
+        if self.temperature is not None and not all(0 < value < math.inf for value in self.temperature):
+            raise ValueError(f"temperature is {self.temperature}, expected more than 0 each")
+        if not self.nprobe_tolerance >= 0:
+            raise ValueError(f"nprobe_tolerance is {self.nprobe_tolerance}, expected 0 or more")
+        for name in ("finalists", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -102,14 +113,40 @@ class Tuning:
     tried: int
     tokens: int
 
+    @property
+    def best_log_likelihood(self) -> float:
+        """That of the chosen setting, per token."""
+        return self.finalists[0].log_likelihood
+
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
 
 
+def check_apart(validation: Sequence[Pair], test: Sequence[Pair]) -> None:
+    """Make sure that nothing of the test split can decide a setting.
+
+    Raises:
+        ValueError: The validation split is empty, or has a source in common with the test split, case and white space
+            aside.
+    """
+    if not validation:
+        raise ValueError("the validation split is empty, expected one pair or more; write it with prepare_data.py")
+    tested = {source_key(pair.src) for pair in test}
+    shared = [pair.src for pair in validation if source_key(pair.src) in tested]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of {len(validation)} validation sources are in the test split too, such as "
+            f"{shared[0][:80]!r}; expected none, since settings must not be chosen on test sentences"
+        )
+
+
 @torch.inference_mode()
 def reference_states(backbone: Backbone, pairs: Sequence[Pair], max_tokens: int) -> ReferenceStates:
-    """States, tokens and plain log-probabilities of the references of some pairs, in one teacher-forced pass."""
+    """States, tokens and plain log-probabilities of the references of some pairs, in one teacher-forced pass.
+
+    A first token that decoding forces is left out: nothing is predicted there.
+    """
     sources, targets = backbone.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])
     lengths = [max(len(src), len(tgt)) for src, tgt in zip(sources, targets, strict=True)]
     queries, tokens, log_probs = [], [], []
@@ -119,31 +156,42 @@ def reference_states(backbone: Backbone, pairs: Sequence[Pair], max_tokens: int)
         assert batch.labels is not None
         keys, logits = backbone.keys_and_logits(batch)
         mask = batch.target_mask
+        if backbone.start.forced_id is not None:
+            mask[:, 0] = False
         labels = batch.labels[mask]
         queries.append(keys[mask].float())
         tokens.append(labels)
-        log_probs.append(logits[mask].float().log_softmax(-1).gather(1, labels[:, None]).squeeze(1))
+        log_probs.append(-F.cross_entropy(logits[mask].float(), labels, reduction="none"))
     return ReferenceStates(torch.cat(queries), torch.cat(tokens), torch.cat(log_probs))
 
 
 def likelihoods(search: KnnSearch, states: ReferenceStates, grid: Grid) -> list[Candidate]:
-    """Mean log-likelihood of the references under every setting; neighbors are retrieved once for each nprobe."""
+    """Mean log-likelihood of the references under every setting; neighbors are retrieved once for each nprobe.
+
+    A smaller k takes the first of the largest k's neighbors; where an index scores candidates again, a search for the
+    smaller k alone may miss a few of these.
+    """
     candidates = []
     temperatures = grid.temperature
-    plain = states.log_probs.exp()
-    for nprobe in grid.nprobe:
+    for nprobe in _distinct(grid.nprobe, search.index.nlist):
         neighbors = search.retriever(max(grid.k), nprobe).retrieve(states.queries)
         if temperatures is None:
             temperatures = default_temperatures(neighbors.distances)
         match = neighbors.values == states.tokens[:, None]  # [N, K]
         for k, temperature in itertools.product(grid.k, temperatures):
             weights = knn_log_weights(neighbors.distances[:, :k], temperature).exp()
-            knn = (weights * match[:, :k]).sum(1)
+            log_knn = (weights * match[:, :k]).sum(1).log()  # [N]
             found = weights.sum(1) > 0  # rows without neighbors are left to the model
             for lambda_ in grid.lambda_:
-                mixed = torch.where(found, lambda_ * knn + (1 - lambda_) * plain, plain)
-                candidates.append(Candidate(KnnSettings(k, lambda_, temperature, nprobe), float(mixed.log().mean())))
+                mixed = torch.logaddexp(log_knn + math.log(lambda_), states.log_probs + math.log1p(-lambda_))
+                mean = torch.where(found, mixed, states.log_probs).double().mean()
+                candidates.append(Candidate(KnnSettings(k, lambda_, temperature, nprobe), float(mean)))
     return candidates
+
+
+def _distinct(nprobe: Sequence[int], nlist: int | None) -> list[int]:
+    """The values that make a difference for an index of `nlist` lists, or of none, the smallest first."""
+    return sorted({min(value, nlist) for value in nprobe}) if nlist else [min(nprobe)]
 
 
 def default_temperatures(distances: Tensor) -> list[float]:
@@ -168,7 +216,11 @@ def tune(search: KnnSearch, pairs: Sequence[Pair], grid: Grid, decoding: Decodin
 
     Returns:
         The chosen settings and what they were compared with.
+
+    Raises:
+        ValueError: There are no pairs.
     """
+    check_apart(pairs, [])
     states = reference_states(search.backbone, pairs, grid.max_tokens)
     candidates = likelihoods(search, states, grid)
     best = max(candidate.log_likelihood for candidate in candidates)
@@ -192,9 +244,12 @@ def tune(search: KnnSearch, pairs: Sequence[Pair], grid: Grid, decoding: Decodin
         log.info("%s: log-likelihood %.3f, BLEU %.2f", candidate.settings, candidate.log_likelihood, bleu)
         finalists.append(Candidate(candidate.settings, candidate.log_likelihood, bleu))
     finalists.sort(key=lambda candidate: -(candidate.bleu or 0.0))
+    plain = float(states.log_probs.double().mean())
+    if best <= plain:
+        log.warning("no setting predicts the references better (%.3f) than the plain model (%.3f)", best, plain)
     return Tuning(
         best=finalists[0].settings,
-        plain_log_likelihood=float(states.log_probs.mean()),
+        plain_log_likelihood=plain,
         finalists=tuple(finalists),
         tried=len(candidates),
         tokens=len(states.tokens),

@@ -1,0 +1,57 @@
+"""Fine-tuning the way from the last decoder block to the logits: untied projections, adapters, and how both are saved."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+def untie(model: PreTrainedModel, projection: nn.Linear) -> None:
+    """Give the output projection weights of its own, which stay its own when the model is saved and loaded again.
+
+    T5's configuration cannot say so: Hugging Face unties its projection when it finds other weights than the
+    embedding's in the file.
+    """
+    projection.weight = nn.Parameter(projection.weight.detach().clone())
+    if model.config.model_type != "t5":
+        model.config.tie_word_embeddings = False
+
+
+def add_adapters(model: PreTrainedModel, layers: Sequence[nn.Module], rank: int) -> None:
+    """Put a trainable low-rank adapter beside each of the linear layers (LoRA, arXiv 2106.09685).
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError("adapters need PEFT; install it with `pip install peft`") from error
+    names = [name for name, module in model.named_modules() if any(module is layer for layer in layers)]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names), model)
+    for parameter in trainable:  # PEFT freezes everything else
+        parameter.requires_grad_(True)
+
+
+def saved_state(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights under the names that Hugging Face loads: adapters merged, and one copy for each name.
+
+    A model whose configuration says that nothing is tied is loaded without tying the encoder's and the decoder's
+    embeddings either, so that each needs its weights in the file.
+    """
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            inside = [key for key in state if key.startswith(f"{name}.")]
+            parts = {key.removeprefix(f"{name}."): state.pop(key) for key in inside}
+            state[f"{name}.weight"] = parts["base_layer.weight"] + module.get_delta_weight("default")
+            if "base_layer.bias" in parts:
+                state[f"{name}.bias"] = parts["base_layer.bias"]
+    if not model.config.tie_word_embeddings:
+        storages = set()
+        for name, weights in state.items():
+            if weights.data_ptr() in storages:
+                state[name] = weights.clone()
+            storages.add(weights.data_ptr())
+    return state
