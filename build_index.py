@@ -1,6 +1,5 @@
 """Build a datastore and its index: ``python build_index.py --config configs/demo/build.yaml``."""
 
-import json
 import logging
 import time
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy as np
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.cli import peak_memory_mb, run_script
 from lightning_knnmt.datastore import Datastore, DatastoreConfig, build_datastore
-from lightning_knnmt.evaluation.report import BUILD_FILE, write_json
+from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, write_json
 from lightning_knnmt.index import IndexConfig, IndexReport, build_index, open_index
 
 log = logging.getLogger("lightning_knnmt.build_index")
@@ -29,7 +28,7 @@ def build(backbone: Backbone, datastore: DatastoreConfig, index: IndexConfig = I
         index: The index over it.
     """
     folder = datastore.folder
-    record = _record(folder / BUILD_FILE)
+    record = read_build(folder)
     before = _stamp(folder / "manifest.json")
     start = time.perf_counter()
     manifest = build_datastore(backbone, datastore)
@@ -46,19 +45,10 @@ def build(backbone: Backbone, datastore: DatastoreConfig, index: IndexConfig = I
         built: dict[str, Any] = {"seconds": report.seconds, "peak_memory_mb": peak_memory_mb()}
         record["indexes"][index.name] = built | ({} if sizes is None else {"list_sizes": _spread(sizes)})
         log.info("index %s", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items()))
-    if record != _record(folder / BUILD_FILE):
+    if record != read_build(folder):
         write_json(folder / BUILD_FILE, record)
     _log_report(report, None if sizes is None else _spread(sizes))
     log.info("peak memory %d MB", peak_memory_mb())
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """What is known of earlier builds; a damaged file is not worth an error."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        return {"encode": record["encode"], "indexes": dict(record["indexes"])}
-    except (FileNotFoundError, KeyError, TypeError, ValueError):
-        return {"encode": None, "indexes": {}}
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:

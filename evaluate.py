@@ -1,40 +1,39 @@
 """Compare the plain model with kNN-MT: ``python evaluate.py --config configs/demo/evaluate.yaml``."""
 
 import logging
-import resource
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.cli import run_script
+from lightning_knnmt.cli import peak_memory_mb, run_script
+from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
-from lightning_knnmt.datastore.manifest import library_versions
+from lightning_knnmt.datastore import Provenance
+from lightning_knnmt.datastore.manifest import file_sha256
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.comet import CometScorer, CometUnavailableError
 from lightning_knnmt.evaluation.comparison import SystemResult, run_systems
-from lightning_knnmt.evaluation.report import markdown_table, significance_json, system_json, write_json
+from lightning_knnmt.evaluation.report import (
+    environment,
+    markdown_table,
+    read_build,
+    settings_line,
+    significance_json,
+    system_json,
+    write_json,
+    write_text,
+)
 from lightning_knnmt.evaluation.scores import paired_bootstrap
-from lightning_knnmt.evaluation.tuning import Grid, tune
+from lightning_knnmt.evaluation.tuning import Tune, check_apart, tune
 from lightning_knnmt.explanation import explain, explanation_lines
 from lightning_knnmt.plots import plot_list_sizes
-from lightning_knnmt.search import KnnSettings, open_search
+from lightning_knnmt.search import KnnSearch, KnnSettings, open_search
 
 log = logging.getLogger("lightning_knnmt.evaluate")
-
-
-@dataclass(frozen=True)
-class Tune:
-    """Tuning before the comparison.
-
-    Attributes:
-        validation: The validation split.
-        grid: The settings to choose from.
-    """
-
-    validation: CorpusFile
-    grid: Grid = Grid()
 
 
 def evaluate(
@@ -47,80 +46,117 @@ def evaluate(
     tuning: Tune | None = None,
     decoding: Decoding = Decoding(),
     repeats: int = 3,
+    seed: int = 1,
     comet: str | None = None,
     examples: int = 3,
 ) -> None:
     """Translate a test split with the plain model and with kNN, and report quality and speed of both.
 
     Args:
-        backbone: The model.
+        backbone: The model, such as --backbone.model models/demo-de-en; --backbone.help lists its other options.
         datastore: Folder of a datastore built from that model.
         test: The test split.
         out: Folder for results.json, results.md, translate.yaml and cluster_sizes.png.
         index: Name of the datastore's index.
         knn: Settings of the search, where they are not tuned.
-        tuning: Choose the settings on a validation split first.
+        tuning: Choose the settings on a validation split first; --tuning.help lists its options.
         decoding: Beam size, batch size and length.
         repeats: Timed repeats of each system, after one warm-up.
+        seed: Seed of each run, in case decoding samples.
         comet: Hub name or checkpoint of a COMET model.
-        examples: Translations that are shown with their neighbors.
+        examples: How many of the translations that kNN improves most are shown with their neighbors.
     """
     pairs = list(read_pairs(test))
-    results: dict[str, object] = {}
+    validation = [] if tuning is None else list(read_pairs(tuning.validation))
+    check_apart(validation, pairs)
+    scorer, no_comet = _comet_scorer(comet)
+    tuned = None
     with open_search(backbone, datastore, index) as search:
+        manifest = search.datastore.manifest
+        if file_sha256(test.path) in manifest.corpus_sha256.split("+"):
+            log.warning("the datastore was built from the test split %s: its scores mean nothing", test.path)
         if tuning is not None:
-            tuned = tune(search, list(read_pairs(tuning.validation)), tuning.grid, decoding)
+            tuned = tune(search, validation, tuning.grid, decoding)
             knn = tuned.best
-            results["tuning"] = tuned.to_json()
             log.info("chosen: %s", knn)
-        systems = run_systems(
-            {"base": Translator(backbone, decoding), "knn": search.translator(knn, decoding)}, pairs, repeats
-        )
-        systems = _with_comet(systems, comet, [p.src for p in pairs], [p.tgt for p in pairs])
+        translators = {"base": Translator(backbone, decoding), "knn": search.translator(knn, decoding)}
+        build = read_build(datastore)
+        systems = run_systems(translators, pairs, repeats, seed)
+        peak_memory = peak_memory_mb()
         references = [pair.tgt for pair in pairs]
         significance = {"knn": paired_bootstrap(systems["base"].texts, systems["knn"].texts, references)}
-        sizes = search.index.list_sizes()
-        if sizes is not None:
-            plot_list_sizes({search.report.factory: sizes}, out / "cluster_sizes.png")
-        table = markdown_table(systems, significance)
-        results |= {
+        if scorer is not None:
+            sources = [pair.src for pair in pairs]
+            for name, result in systems.items():
+                systems[name] = replace(result, comet=scorer.score(sources, result.texts, references))
+        results = {
             "systems": {name: system_json(result) for name, result in systems.items()},
             "significance": significance_json(significance),
             "index": asdict(search.report),
+            "build": {"encode": build["encode"], "index": build["indexes"].get(index)},
+            "tuning": None if tuned is None else tuned.to_json(),
+            "comet": {"model": comet, "missing": no_comet},
             "settings": {
                 "knn": asdict(knn),
+                "grid": None if tuning is None else asdict(tuning.grid),
                 "decoding": asdict(decoding),
-                "test": {"file": str(test.path), "sentences": len(pairs)},
-                "datastore": asdict(search.datastore.manifest),
-                "device": str(backbone.device),
-                "libraries": library_versions(),
+                "repeats": repeats,
+                "seed": seed,
+                "test": _split_json(test, pairs),
+                "validation": None if tuning is None else _split_json(tuning.validation, validation),
+                "model": asdict(Provenance.of(backbone)) | {"dtype": _dtype(backbone)},
+                "datastore": {"folder": datastore, "index": index} | asdict(manifest),
+                **environment(backbone.device),
             },
-            "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+            "peak_memory_mb": peak_memory,
         }
+        table = markdown_table(systems, significance)
+        note = "" if comet is None or no_comet is None else f"\n\nNo COMET scores: {no_comet}"
         write_json(out / "results.json", results)
-        (out / "results.md").write_text(f"{table}\n", encoding="utf-8")
-        _write_translate_config(out / "translate.yaml", backbone, datastore, index, knn, decoding)
-        for number in _most_improved(systems, references)[:examples]:
-            log.info("\nsource     %s", pairs[number].src)
-            log.info("reference  %s", pairs[number].tgt)
-            log.info("base       %s", systems["base"].texts[number])
-            log.info("kNN        %s", systems["knn"].texts[number])
-            explained = explain(search, knn, pairs[number].src, systems["knn"].texts[number])
-            log.info("\n".join(explanation_lines(explained)))
-        log.info("\n%s\n\nwritten to %s", table, out / "results.json")
+        write_text(out / "results.md", f"{table}\n\n{settings_line(results)}{note}")
+        write_text(out / "translate.yaml", translate_config(backbone, datastore, index, knn, decoding))
+        sizes = search.index.list_sizes()
+        if sizes is not None:
+            plot_list_sizes({search.report.factory: sizes}, out / "cluster_sizes.png")
+        _show_examples(search, knn, decoding, pairs, systems, examples)
+    log.info("\n%s\n\n%s\n\nwritten to %s", table, settings_line(results) + note, out / "results.json")
 
 
-def _with_comet(
-    systems: dict[str, SystemResult], model: str | None, sources: list[str], references: list[str]
-) -> dict[str, SystemResult]:
+def _comet_scorer(model: str | None) -> tuple[CometScorer | None, str | None]:
+    """The scorer, loaded before hours of decoding, or the reason why there is none."""
     if model is None:
-        return systems
+        return None, "not asked for"
     try:
-        scorer = CometScorer(model)
-        return {name: replace(r, comet=scorer.score(sources, r.texts, references)) for name, r in systems.items()}
+        return CometScorer(model), None
     except (CometUnavailableError, ImportError) as error:
         log.warning("no COMET scores: %s", error)
-        return systems
+        return None, str(error)
+
+
+def _split_json(corpus: CorpusFile, pairs: Sequence[Pair]) -> dict[str, Any]:
+    files = [path for path in (corpus.path, corpus.tgt_path) if path is not None]
+    return asdict(corpus) | {"sentences": len(pairs), "sha256": [file_sha256(path) for path in files]}
+
+
+def _dtype(backbone: Backbone) -> str:
+    return str(backbone.model.dtype).removeprefix("torch.")
+
+
+def _show_examples(
+    search: KnnSearch,
+    knn: KnnSettings,
+    decoding: Decoding,
+    pairs: Sequence[Pair],
+    systems: dict[str, SystemResult],
+    examples: int,
+) -> None:
+    for number in _most_improved(systems, [pair.tgt for pair in pairs])[:examples]:
+        explanation = explain(search, knn, decoding, pairs[number].src)
+        log.info("\nsource     %s", pairs[number].src)
+        log.info("reference  %s", pairs[number].tgt)
+        log.info("base       %s", systems["base"].texts[number])
+        log.info("kNN        %s", explanation.text)
+        log.info("\n".join(explanation_lines(explanation)))
 
 
 def _most_improved(systems: dict[str, SystemResult], references: list[str]) -> list[int]:
@@ -134,19 +170,17 @@ def _most_improved(systems: dict[str, SystemResult], references: list[str]) -> l
     return sorted(range(len(references)), key=gain, reverse=True)
 
 
-def _write_translate_config(
-    path: Path, backbone: Backbone, datastore: Path, index: str, knn: KnnSettings, decoding: Decoding
-) -> None:
-    """A configuration with which `translate.py` uses the chosen settings."""
+def translate_config(backbone: Backbone, datastore: Path, index: str, knn: KnnSettings, decoding: Decoding) -> str:
+    """A configuration with which `translate.py` uses the same settings."""
     languages = {"src_lang": backbone.src_lang, "tgt_lang": backbone.tgt_lang}
     config = {
-        "backbone": {"model": backbone.name, "key_type": backbone.key_type, **languages},
+        "backbone": {"model": backbone.name, "key_type": backbone.key_type, **languages, "dtype": _dtype(backbone)},
         "datastore": str(datastore),
         "index": index,
         "knn": asdict(knn),
         "decoding": asdict(decoding),
     }
-    path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return yaml.safe_dump(config, sort_keys=False).strip()
 
 
 if __name__ == "__main__":

@@ -55,7 +55,9 @@ def translate(
         out: BinaryIO = sys.stdout.buffer if output == "-" else stack.enter_context(Path(output).open("wb"))
         lines = decoded(source, "standard input" if input == "-" else input)
         while rows := list(itertools.islice(lines, 1 if source.isatty() else block)):
-            translated = _translated(rows, translator) if not explain else _explained(rows, search, knn, decoding, explain)
+            translated = (
+                _translated(rows, translator) if not explain else _explained(rows, search, knn, decoding, explain)
+            )
             for line in translated:
                 out.write(line.encode() + b"\n")
             out.flush()

@@ -24,7 +24,7 @@ def run_script(function: Callable[..., Any], args: list[str] | None = None) -> N
         args: The command line; None: that of the process.
 
     Raises:
-        SystemExit: With 2 after an error of the user, without a traceback unless JSONARGPARSE_DEBUG is set; with what
+        SystemExit: With 2 after an error of the user, without a traceback unless JSONARGPARSE_DEBUG is true; with what
             a shell expects after Ctrl-C and when whoever reads the output has gone.
     """
     _log_to_stderr()
@@ -37,7 +37,7 @@ def run_script(function: Callable[..., Any], args: list[str] | None = None) -> N
     except KeyboardInterrupt:
         sys.exit(130)
     except _EXPECTED as error:
-        if "JSONARGPARSE_DEBUG" in os.environ:
+        if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(USER_ERROR)

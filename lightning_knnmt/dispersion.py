@@ -5,6 +5,7 @@ trains keys that fill an index's lists evenly (arXiv 2509.16729). The mathematic
 """
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,10 +54,16 @@ class Dispersion(nn.Module, ABC):
     def loss(self, points: Tensor) -> Tensor:
         """Scalar loss of raw vectors of shape (N, D)."""
 
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The class and its options, as a configuration file has them."""
+        hidden = ("training",)
+        options = {k: v for k, v in vars(self).items() if k not in hidden and not k.startswith("_")}
+        return {"class_path": f"{type(self).__module__}.{type(self).__qualname__}", "init_args": options}
+
     def extra_repr(self) -> str:
         """The options, so that a logged model says what it was trained with."""
-        hidden = ("training",)
-        return ", ".join(f"{k}={v!r}" for k, v in vars(self).items() if k not in hidden and not k.startswith("_"))
+        return ", ".join(f"{k}={v!r}" for k, v in self.configuration["init_args"].items())
 
 
 class SlicedDispersion(Dispersion):

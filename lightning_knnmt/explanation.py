@@ -64,9 +64,7 @@ class Explanation:
 
 
 @torch.inference_mode()
-def explain(
-    search: KnnSearch, settings: KnnSettings, decoding: Decoding, source: str, shown: int = 3
-) -> Explanation:
+def explain(search: KnnSearch, settings: KnnSettings, decoding: Decoding, source: str, shown: int = 3) -> Explanation:
     """Translate one text and say what each token rests on.
 
     The produced tokens are teacher-forced once more: the states of that pass are those that decoding saw, so its

@@ -3,14 +3,12 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from lightning_knnmt.functional.clusters import imbalance_factor
-
-matplotlib.use("Agg")
 
 
 def plot_list_sizes(sizes: Mapping[str, NDArray[np.int64]], path: Path) -> None:
@@ -20,9 +18,8 @@ def plot_list_sizes(sizes: Mapping[str, NDArray[np.int64]], path: Path) -> None:
         sizes: Entries of each list, shape (nlist,), by the index's label.
         path: Where the picture goes; its suffix decides the format.
     """
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     for label, counts in sizes.items():
         factor = imbalance_factor(torch.from_numpy(counts))
         share = np.arange(1, len(counts) + 1) / len(counts) * 100
@@ -35,7 +32,7 @@ def plot_list_sizes(sizes: Mapping[str, NDArray[np.int64]], path: Path) -> None:
         xlim=(0, 100),
         ylim=(0, None),
     )
+    axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)

@@ -53,8 +53,9 @@ class DatastoreRetriever:
     """
 
     def __init__(self, datastore: Datastore, index: FaissIndex, k: int, nprobe: int = 8) -> None:
-        if k < 1:
-            raise ValueError(f"k is {k}, expected 1 or more")
+        for name, value in (("k", k), ("nprobe", nprobe)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}, expected 1 or more")
         if len(index) != len(datastore):
             raise DatastoreError(
                 f"the index holds {len(index)} entries and the datastore {datastore.folder} {len(datastore)}; "
@@ -65,25 +66,15 @@ class DatastoreRetriever:
                 f"the index holds keys of {index.key_size} dimensions and the datastore {datastore.folder} of "
                 f"{datastore.key_size}; build the index again"
             )
-        self.datastore, self.index, self.k = datastore, index, k
-        self.nprobe = nprobe
+        self.datastore, self.index, self.k, self.nprobe = datastore, index, k, nprobe
         self._values = torch.from_numpy(datastore.values)
-
-    @property
-    def nprobe(self) -> int:
-        """Lists that each query scans."""
-        return self._nprobe
-
-    @nprobe.setter
-    def nprobe(self, nprobe: int) -> None:
-        self.index.set_nprobe(nprobe)
-        self._nprobe = nprobe
 
     def begin(self, batch: Batch) -> None:
         """Nothing to prepare: every sentence searches the same entries."""
 
     def retrieve(self, queries: Tensor) -> Neighbors:
         """Neighbors of queries of shape (R, D), on the queries' device."""
+        self.index.set_nprobe(self.nprobe)  # other retrievers may share the index
         distances, ids = self.index.search(queries.detach().float().cpu().numpy(), self.k)
         entries = torch.from_numpy(ids)
         found = entries >= 0

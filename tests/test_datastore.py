@@ -1,10 +1,15 @@
 """What is written is what the model computes, once, whole, and only opened with what it was made with."""
 
+import errno
+import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -16,8 +21,22 @@ from lightning_knnmt.backbone import Backbone, Batch
 from lightning_knnmt.data.batching import token_budget_batches
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, MalformedCorpusError, ReadReport
-from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError, Manifest, build_datastore, builder
+from lightning_knnmt.datastore import (
+    Datastore,
+    DatastoreConfig,
+    DatastoreError,
+    Manifest,
+    build_datastore,
+    builder,
+    encoder,
+    lock,
+)
+from lightning_knnmt.datastore.files import PartialFile
+from lightning_knnmt.datastore.manifest import library_versions
+from lightning_knnmt.datastore.sealed import write_sealed
 from lightning_knnmt.datastore.shard import ShardWriter
+from lightning_knnmt.datastore.verify import verify
+from lightning_knnmt.index import IndexConfig, build_index, open_index
 
 PAIRS = corpus_pairs(23)
 
@@ -187,7 +206,7 @@ def test_the_builder_holds_no_more_than_one_shard_of_pairs_and_one_tokenizer_blo
             yield CountedPair(f"Datei {number}", f"file {number}")
 
     monkeypatch.setattr(builder, "read_pairs", counted)
-    monkeypatch.setattr(builder, "TOKENIZED_AT_ONCE", 7)
+    monkeypatch.setattr(encoder, "TOKENIZED_AT_ONCE", 7)
     manifest = build_datastore(backbone, config)
     assert manifest.pairs == 300
     assert len(manifest.shards) > 5
@@ -223,7 +242,7 @@ def test_a_datastore_of_another_corpus_is_refused_and_replaced_when_asked(
     after = build_datastore(backbone, replace(other, overwrite=True))
     assert after.pairs == 5
     assert sorted(path.name for path in config.folder.glob("*")) == [
-        "manifest.json", *(shard.file for shard in after.shards)
+        "manifest.json", *(shard.file for shard in after.shards), "writer.lock"
     ]  # fmt: skip
     with Datastore(config.folder) as store:
         assert {store.context(entry).pair for entry in range(len(store))} == set(PAIRS[:5])
@@ -244,15 +263,17 @@ def test_a_corpus_read_with_other_options_is_another_corpus(backbone: Backbone, 
 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated", "changed"])
-def test_a_damaged_datastore_is_not_kept(backbone: Backbone, config: DatastoreConfig, harm: str) -> None:
+def test_damaged_shards_are_made_again_and_those_before_them_are_kept(
+    backbone: Backbone, config: DatastoreConfig, harm: str
+) -> None:
     before = build_datastore(backbone, config)
-    path = config.folder / before.shards[1].file
-    harm_file(path, harm)
-    with pytest.raises(DatastoreError, match=r"another datastore: shard-00001.h5 is missing or damaged .*overwrite"):
-        build_datastore(backbone, config)
-    assert build_datastore(backbone, replace(config, overwrite=True)).entries == before.entries
-    with Datastore(config.folder) as store:
-        assert len(by_place(store)) == before.entries
+    contents = {path.name: path.read_bytes() for path in config.folder.iterdir()}
+    first = config.folder / before.shards[0].file
+    stamp = first.stat()
+    harm_file(config.folder / before.shards[1].file, harm)
+    assert build_datastore(backbone, config) == before
+    assert {path.name: path.read_bytes() for path in config.folder.iterdir()} == contents
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == (stamp.st_ino, stamp.st_mtime_ns)
 
 
 def test_a_malformed_corpus_leaves_the_datastore_that_it_was_to_replace(
@@ -285,11 +306,121 @@ def test_an_interrupted_build_leaves_nothing_that_opens_and_can_be_repeated(
         build_datastore(backbone, replace(config, overwrite=True))
     assert calls == 4
     assert not list(config.folder.glob("*.partial"))
-    with pytest.raises(DatastoreError, match=r"holds no datastore .manifest.json is missing.; build it"):
+    with pytest.raises(DatastoreError, match=r"holds an unfinished datastore .manifest.json is missing.; build it"):
         Datastore(config.folder)
     build_datastore(backbone, config)
     with Datastore(config.folder) as store:
         assert len({place[0] for place in by_place(store)}) == len(PAIRS)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, backbone: Backbone, config: DatastoreConfig, shards: int) -> Manifest:
+    """Begin a datastore and stop after some shards."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        write = builder.write_shard
+
+        def interrupted(*args: Any) -> None:
+            if (config.folder / f"shard-{shards - 1:05d}.h5").exists():
+                raise KeyboardInterrupt
+            write(*args)
+
+        patch.setattr(builder, "write_shard", interrupted)
+        build_datastore(backbone, config)
+    return Manifest.load(config.folder, "building.json")
+
+
+def test_a_build_that_was_stopped_tokenizes_and_encodes_only_the_rest(
+    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = interrupt(monkeypatch, backbone, config, shards=2)
+    assert len(begun.shards) == 2 and 0 < begun.pairs < len(PAIRS)
+    tokenized: list[str] = []
+    tokenize = backbone.tokenize
+
+    def counted(sources: Sequence[str], targets: Sequence[str] | None = None) -> tuple[list[list[int]], ...]:
+        tokenized.extend(sources)
+        return tokenize(sources, targets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone, "tokenize", counted)
+        manifest = build_datastore(backbone, config)
+    assert tokenized == [pair.src for pair in PAIRS[begun.pairs :]]
+    assert manifest.shards[:2] == begun.shards
+    whole = build_datastore(backbone, replace(config, folder=config.folder.with_name("whole")))
+    assert whole == manifest
+    for shard in whole.shards:
+        assert (config.folder / shard.file).read_bytes() == (config.folder.with_name("whole") / shard.file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_tokens": 99}, "max_tokens 100 against 99"),
+        ({"shard_entries": 61}, "shard_entries 60 against 61"),
+        ({"libraries": {"torch": "0.1"}}, "torch .* against 0.1"),
+    ],
+)
+def test_a_build_that_was_stopped_is_not_continued_with_another_plan(
+    backbone: Backbone,
+    config: DatastoreConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    interrupt(monkeypatch, backbone, config, shards=2)
+    if "libraries" in change:
+        libraries = library_versions() | change["libraries"]
+        monkeypatch.setattr(builder, "Manifest", partial(Manifest, libraries=libraries))
+        monkeypatch.setattr(builder.Manifest, "load", Manifest.load, raising=False)
+        other = config
+    else:
+        other = replace(config, **change)
+    with pytest.raises(DatastoreError, match=f"holds 2 shards of another plan: {message} .*overwrite: true"):
+        build_datastore(backbone, other)
+    assert len(Manifest.load(config.folder, "building.json").shards) == 2
+    build_datastore(backbone, replace(other, overwrite=True))
+    with Datastore(config.folder) as store:
+        assert len({place[0] for place in by_place(store)}) == len(PAIRS)
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_unless_nothing_is_to_be_written(
+    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = build_datastore(backbone, config)
+    config.folder.with_name("file").touch()
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(lock.os, "open", refuse)
+    assert build_datastore(backbone, config) == manifest
+    with pytest.raises(DatastoreError, match=r"other cannot be written to .Read-only file system.; make room or allow"):
+        build_datastore(backbone, replace(config, folder=config.folder.with_name("other")))
+    with pytest.raises(DatastoreError, match=r"file cannot be written to .File exists."):
+        build_datastore(backbone, replace(config, folder=config.folder.with_name("file")))
+
+
+def test_reading_changes_nothing(backbone: Backbone, config: DatastoreConfig) -> None:
+    build_datastore(backbone, config)
+    with Datastore(config.folder) as store:
+        build_index(store, IndexConfig("Flat"))
+    paths = sorted(config.folder.iterdir())
+    before = [(path.name, path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
+    folder_time = config.folder.stat().st_mtime_ns
+    for path in [*paths, config.folder]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        with Datastore(config.folder) as store:
+            store.check(backbone)
+            by_place(store)
+            open_index(store).search(store.sample_keys(3), 2)
+        assert verify(config.folder) == []
+        assert build_datastore(backbone, config).entries == len(store)
+    finally:
+        config.folder.chmod(0o755)
+    assert [
+        (path.name, path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(config.folder.iterdir())
+    ] == before
+    assert config.folder.stat().st_mtime_ns == folder_time
 
 
 @pytest.mark.parametrize("factor", [1e7, np.nan])
@@ -309,7 +440,7 @@ def test_keys_beyond_fp16_are_refused_and_the_pair_is_named(
     monkeypatch.setattr(backbone, "keys", overflowing)
     with pytest.raises(DatastoreError, match=r"a key of pair 11 \('11 .*NaN or beyond fp16's range"):
         build_datastore(backbone, config)
-    with pytest.raises(DatastoreError, match="holds no datastore"):
+    with pytest.raises(DatastoreError, match="holds an unfinished datastore"):
         Datastore(config.folder)
 
 
@@ -340,46 +471,159 @@ def test_a_shard_of_another_size_or_kind_does_not_open(tmp_path: Path) -> None:
     (tmp_path / "other" / "shard-00000.h5").replace(path)
     with pytest.raises(DatastoreError, match=r"shard-00000.h5 holds keys of shape \(71, 2\), expected \(70, 2\)"):
         Datastore(tmp_path / "store")
-    import h5py
-
     with h5py.File(path, "a") as file:
         del file["lengths"], file["values"]
     with pytest.raises(DatastoreError, match=r"shard-00000.h5 lacks lengths, values; build the datastore again"):
         Datastore(tmp_path / "store")
 
 
-def set_field(name: str, value: object) -> Callable[[str], str]:
-    def change(text: str) -> str:
-        content = json.loads(text)
-        content[name] = value
-        return json.dumps(content)
+def sealed(**changes: object) -> Callable[[Path], None]:
+    """Change fields as somebody who can compute checksums would."""
+
+    def change(path: Path) -> None:
+        content = json.loads(path.read_text())
+        del content["sha256"]
+        write_sealed(path, content | changes)
 
     return change
 
 
-SHARD = {"file": "../outside.h5", "entries": 5, "pairs": 5, "sha256": "0" * 64}
+def as_text(change: Callable[[str], str]) -> Callable[[Path], None]:
+    return lambda path: path.write_text(change(path.read_text())) and None
+
+
+SHARD = {"file": "shard-00000.h5", "entries": 7, "pairs": 7, "sha256": "0" * 64}
+PROVENANCE = {
+    "model": "m", "model_sha256": "0", "tokenizer_sha256": "0", "key_type": "decoder_output", "key_size": 2,
+    "src_lang": None, "tgt_lang": None,
+}  # fmt: skip
+
+
+def shard(**changes: object) -> Callable[[Path], None]:
+    return sealed(shards=[SHARD | changes])
+
+
+def provenance(**changes: object) -> Callable[[Path], None]:
+    return sealed(provenance=PROVENANCE | changes)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda text: text[: len(text) // 2], "is damaged .*build the datastore again"),
-        (lambda text: "[1, 2]", "is damaged"),
-        (lambda text: text.replace("key_size", "keysize"), "is damaged .*keysize"),
-        (lambda text: text.replace('"format"', '"fmt"'), "is damaged .*format"),
-        (set_field("format", 99), "has format 99, expected 1; build it again"),
-        (set_field("shards", 5), "is damaged"),
-        (set_field("shards", [SHARD]), r"names the shard '../outside.h5', expected a file name without folders"),
-        (set_field("shards", [SHARD | {"file": "/etc/passwd"}]), "names the shard '/etc/passwd'"),
-        (set_field("shards", [SHARD | {"file": ".."}]), "names the shard '..'"),
+        (as_text(lambda text: text[: len(text) // 2]), "is damaged .*build the datastore again"),
+        (as_text(lambda text: "[1, 2]"), "is damaged .it holds list, expected an object"),
+        (as_text(lambda text: text.replace('"corpus": "none"', '"corpus": "nine"')), "its checksum does not fit"),
+        (as_text(lambda text: text + " "), "its checksum does not fit its content"),
+        (as_text(lambda text: "[" * 100_000 + "]" * 100_000), "is damaged .it is nested too deeply"),
+        (
+            as_text(lambda text: text.replace('"reading": {}', '"reading": ' + '{"a":' * 900 + "1" + "}" * 900)),
+            "damaged",
+        ),
+        (as_text(lambda text: text.replace('"format"', '"fmt"')), "has format None, expected 2; build it again"),
+        (sealed(format=99), "has format 99, expected 2; build it again"),
+        (sealed(keysize=7), "is damaged .*keysize"),
+        (sealed(shards=5), "is damaged"),
+        (sealed(shards=[5]), "is damaged"),
+        (sealed(shards=[SHARD, SHARD]), "it names shard-00000.h5 more than once"),
+        (sealed(provenance=None), "is damaged"),
+        (sealed(reading=[]), "reading is '\\[\\]', expected dict"),
+        (shard(file="../outside.h5"), r"names the shard '../outside.h5', expected a file name NAME.h5 without folders"),
+        (shard(file="/etc/passwd"), "names the shard '/etc/passwd'"),
+        (shard(file=".."), "names the shard '..'"),
+        (shard(file=""), "names the shard ''"),
+        (shard(file=5), "file is '5', expected str"),
+        (shard(entries=-1), "entries of shard-00000.h5 is -1, expected 0 to"),
+        (shard(entries=10**18), "entries of shard-00000.h5 is 1000000000000000000, expected 0 to"),
+        (shard(entries=10**15), r"shard-00000.h5 holds keys of shape \(7, 2\), expected \(1000000000000000, 2\)"),
+        (shard(pairs=10**12), r"holds lengths of shape \(7,\), expected \(1000000000000,\)"),
+        (shard(entries=7.0), "entries is '7.0', expected int"),
+        (shard(entries=True), "entries is 'True', expected int"),
+        (shard(entries="7"), "entries is '7', expected int"),
+        (provenance(key_size=0), "key_size is 0, expected 1 to"),
+        (provenance(key_size=10**18), "key_size is 1000000000000000000, expected 1 to"),
+        (provenance(src_lang=[]), "src_lang is '\\[\\]', expected"),
     ],
 )
-def test_a_damaged_manifest_is_refused(tmp_path: Path, change: Callable[[str], str], message: str) -> None:
+def test_a_damaged_or_hostile_manifest_is_refused(tmp_path: Path, change: Callable[[Path], None], message: str) -> None:
     numbered_store(tmp_path / "store", [7]).close()
-    path = tmp_path / "store" / "manifest.json"
-    path.write_text(change(path.read_text()))
+    change(tmp_path / "store" / "manifest.json")
     with pytest.raises(DatastoreError, match=message):
         Datastore(tmp_path / "store")
+
+
+def replaced(name: str, **options: Any) -> Callable[[h5py.File], None]:
+    """Put another dataset in the place of one."""
+
+    def change(file: h5py.File) -> None:
+        del file[name]
+        file.create_dataset(name, **options)
+
+    return change
+
+
+def linked(link: object) -> Callable[[h5py.File], None]:
+    def change(file: h5py.File) -> None:
+        del file["keys"]
+        file["keys"] = link
+
+    return change
+
+
+def virtual(file: h5py.File) -> None:
+    del file["keys"]
+    layout = h5py.VirtualLayout((7, 2), np.float16)
+    layout[:] = h5py.VirtualSource("elsewhere.h5", "keys", (7, 2))
+    file.create_virtual_dataset("keys", layout)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replaced("keys", shape=(7, 2), dtype=np.float16, external="/etc/passwd"), "keys that are not a plain array"),
+        (linked(h5py.ExternalLink("/elsewhere.h5", "keys")), "holds keys that are not a plain array of its own"),
+        (linked(h5py.SoftLink("/values")), "holds keys that are not a plain array of its own"),
+        (virtual, "holds keys that are not a plain array of its own"),
+        (replaced("keys", shape=(7, 2), dtype=np.float16, compression="gzip"), "keys that are not a plain array"),
+        (replaced("keys", shape=(7, 2), dtype=np.float32), "holds keys of type float32, expected float16"),
+        (replaced("keys", shape=(7, 2), dtype=np.float16), "holds only a part of its keys"),
+        (replaced("values", shape=(10**12,), dtype=np.int32), r"holds values of shape .*, expected \(7,\)"),
+        (replaced("src", data=np.arange(7)), "holds src of type int64, expected text"),
+        (replaced("src", shape=(7,), dtype=h5py.ref_dtype), "holds src of type object, expected text"),
+        (replaced("numbers", shape=(7,), dtype=h5py.vlen_dtype(np.int64)), "holds numbers of type object"),
+    ],
+)
+def test_a_shard_that_holds_anything_but_plain_arrays_and_texts_is_refused(
+    tmp_path: Path, change: Callable[[h5py.File], None], message: str
+) -> None:
+    numbered_store(tmp_path / "store", [7]).close()
+    with h5py.File(tmp_path / "store" / "shard-00000.h5", "a") as file:
+        change(file)
+    with pytest.raises(DatastoreError, match=f"shard-00000.h5 .*{message}.*; build the datastore again"):
+        Datastore(tmp_path / "store")
+
+
+def test_a_shard_that_is_a_link_out_of_the_folder_is_refused_and_the_folder_may_be_one(tmp_path: Path) -> None:
+    numbered_store(tmp_path / "store", [7]).close()
+    (tmp_path / "link").symlink_to(tmp_path / "store")
+    with Datastore(tmp_path / "link") as store:
+        assert len(store) == 7
+    path = tmp_path / "store" / "shard-00000.h5"
+    path.rename(tmp_path / "outside.h5")
+    path.symlink_to(tmp_path / "outside.h5")
+    with pytest.raises(DatastoreError, match=r"shard-00000.h5 is a link to .*outside.h5, expected a file in the"):
+        Datastore(tmp_path / "store")
+    assert [problem.file for problem in verify(tmp_path / "store")] == ["shard-00000.h5"]
+
+
+def test_writing_does_not_follow_a_link_that_somebody_has_put_in_its_way(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("mine")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "shard-00000.h5.partial").symlink_to(tmp_path / "precious")
+    (tmp_path / "store" / "manifest.json.partial").symlink_to(tmp_path / "precious")
+    with ShardWriter(tmp_path / "store" / "shard-00000.h5", 0, 0, 2):
+        pass
+    write_sealed(tmp_path / "store" / "manifest.json", {})
+    assert (tmp_path / "precious").read_text() == "mine"
 
 
 def test_a_damaged_manifest_is_replaced_when_asked(backbone: Backbone, config: DatastoreConfig) -> None:
@@ -441,3 +685,36 @@ def test_a_shard_that_gets_too_little_is_not_finished(tmp_path: Path) -> None:
 def test_sizes_under_1_are_refused(config: DatastoreConfig, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0, expected 1 or more"):
         replace(config, **{name: 0})
+
+
+@pytest.mark.parametrize("room", [0, 700, 5000, 10**6])
+def test_a_file_on_a_full_disk_reads_as_if_all_had_been_written_and_keeps_the_error(tmp_path: Path, room: int) -> None:
+    class Disk(io.BytesIO):
+        def write(self, data: Any) -> int:
+            if self.tell() + len(data) > room:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
+
+    file, twin = PartialFile(tmp_path / "file"), io.BytesIO()
+    file._file.close()
+    file._file = Disk()  # type: ignore[assignment]
+    rng = np.random.default_rng(room)
+    for _ in range(300):
+        position, size = int(rng.integers(0, 8000)), int(rng.integers(0, 900))
+        if rng.random() < 0.6:
+            content = rng.bytes(size)
+            for either in (file, twin):
+                either.seek(position)
+                either.write(content)
+        else:
+            buffer, expected = bytearray(size), bytearray(size)
+            assert file.seek(position) == twin.seek(position)
+            assert file.readinto(buffer) == twin.readinto(expected)
+            assert buffer == expected
+        assert file.tell() == twin.tell()
+        assert file.seek(0, io.SEEK_END) == twin.seek(0, io.SEEK_END)
+    if room < 10**6:
+        with pytest.raises(OSError, match="No space left on device"):
+            file.finish()
+    else:
+        file.check()

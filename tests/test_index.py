@@ -198,7 +198,8 @@ def test_an_index_of_other_keys_is_refused_at_search_and_replaced_at_build(tmp_p
     [
         ("index.faiss", b"no index at all", "index.faiss is not an index that FAISS can read"),
         ("index.json", b"{", "index.json is damaged"),
-        ("index.json", b'{"factory": "Flat"}', "index.json is damaged"),
+        ("index.json", b'{"factory": "Flat"}', "index.json has format None, expected 2"),
+        ("index.json", b'{"format": 2}', "index.json is damaged .its checksum does not fit"),
     ],
 )
 def test_a_damaged_index_does_not_open_and_is_built_again(
@@ -257,7 +258,9 @@ def test_too_few_training_points_are_refused(store: Datastore) -> None:
         ({"chunk": 0}, "chunk is 0, expected 1 or more"),
         ({"name": "a/b"}, "name is 'a/b', expected a file name without folders"),
         ({"name": ""}, "name is '', expected a file name"),
-        ({"name": "manifest"}, "name is 'manifest', expected .* other than the manifest's"),
+        ({"name": "a.trained"}, "name is 'a.trained', expected a file name without folders and dots"),
+        ({"name": "manifest"}, "name is 'manifest', expected another than those that the datastore uses itself"),
+        ({"name": "build"}, "name is 'build', expected another"),
     ],
 )
 def test_index_options_are_checked(options: dict[str, object], message: str) -> None:

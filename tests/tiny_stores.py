@@ -12,7 +12,7 @@ from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.datastore import Datastore, DatastoreConfig, Manifest, Provenance, ShardInfo, build_datastore
-from lightning_knnmt.datastore.manifest import file_sha256
+from lightning_knnmt.datastore.files import file_sha256
 from lightning_knnmt.datastore.shard import ShardWriter
 
 

@@ -44,6 +44,7 @@ class Backbone(nn.Module):
 
     Raises:
         ValueError: An option does not fit the model.
+        OSError: There is no such folder, and the hub has no such model or cannot be reached.
     """
 
     def __init__(
@@ -63,7 +64,12 @@ class Backbone(nn.Module):
         self.name = str(model)
         self.key_type: KeyType = key_type
         self.src_lang, self.tgt_lang = src_lang, tgt_lang
-        config = AutoConfig.from_pretrained(model)
+        try:
+            config = AutoConfig.from_pretrained(model)
+        except OSError as error:
+            raise OSError(
+                f"model {self.name!r} is no folder with a config.json here, and the hub gave none of that name: {error}"
+            ) from error
         self.family = family_of(config, self.name)
         self.position_limit = position_limit(config)
         self.cut_texts = 0

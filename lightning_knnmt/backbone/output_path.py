@@ -1,4 +1,4 @@
-"""Fine-tuning the way from the last decoder block to the logits: untied projections, adapters, and how both are saved."""
+"""Fine-tuning the way to the logits: untied output projections, adapters, and how both are saved."""
 
 from collections.abc import Sequence
 

@@ -1,12 +1,14 @@
 """A new translation model: joint subwords from a corpus and randomly initialised Marian weights."""
 
+import io
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import sentencepiece
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
@@ -15,20 +17,34 @@ PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerFast:
-    """Train a joint unigram subword vocabulary; every sequence ends in ``</s>``."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(" {2,}", " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Punctuation()]
+    """Train a joint unigram vocabulary with SentencePiece; every sequence ends in ``</s>``, digits stand alone."""
+    trained = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_writer=trained,
+        vocab_size=vocabulary_size,
+        model_type="unigram",
+        character_coverage=0.9999,
+        split_digits=True,
+        hard_vocab_limit=False,
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        pad_piece=PAD,
+        eos_piece=EOS,
+        unk_piece=UNK,
+        minloglevel=2,
     )
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=trained.getvalue())
+    scores = [(pieces.id_to_piece(number), pieces.get_score(number)) for number in range(len(pieces))]
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=2))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=vocabulary_size, special_tokens=[PAD, EOS, UNK], unk_token=UNK, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {EOS}", special_tokens=[(EOS, tokenizer.token_to_id(EOS))]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {EOS}", special_tokens=[(EOS, 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=PAD, eos_token=EOS, unk_token=UNK)
 
 
@@ -80,7 +96,7 @@ def init_marian(texts: Iterable[str], out: Path, size: MarianSize, seed: int = 1
         dropout=size.dropout,
         activation_function="relu",
         scale_embedding=True,
-        init_std=size.d_model**-0.5,
+        init_std=0.02,  # larger, and a post-norm model takes several times longer to begin to attend to the source
         max_position_embeddings=size.positions,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,

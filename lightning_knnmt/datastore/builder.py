@@ -1,26 +1,33 @@
-"""From a parallel corpus to a datastore, in one teacher-forced pass."""
+"""From a parallel corpus to a datastore, in one teacher-forced pass that can be stopped and continued at any time."""
 
 import logging
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from tqdm import tqdm
 
-from lightning_knnmt.backbone import Backbone, collate
-from lightning_knnmt.data.batching import token_budget_batches
-from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.data.readers import CorpusFile, ReadReport, read_pairs
-from lightning_knnmt.datastore.manifest import FILE_NAME, DatastoreError, Manifest, Provenance, ShardInfo, file_sha256
-from lightning_knnmt.datastore.shard import KEY_DTYPE, ShardWriter
+from lightning_knnmt.datastore.encoder import items_of_shards, write_shard
+from lightning_knnmt.datastore.errors import DatastoreError
+from lightning_knnmt.datastore.files import file_sha256, sync_folder
+from lightning_knnmt.datastore.lock import only_writer
+from lightning_knnmt.datastore.manifest import (
+    BUILDING,
+    FILE_NAME,
+    Manifest,
+    Provenance,
+    ShardInfo,
+    finish_building,
+    remove_other_shards,
+    shard_name,
+)
 
 log = logging.getLogger(__name__)
 
-TOKENIZED_AT_ONCE = 1024  # pairs that are held beside those of a shard
+ENCODING_LIBRARIES = ("torch", "transformers", "tokenizers", "h5py")  # another version may give other bytes
 
 
 @dataclass(frozen=True)
@@ -48,19 +55,13 @@ class DatastoreConfig:
             raise ValueError(f"shard_entries is {self.shard_entries}, expected 1 or more")
 
 
-@dataclass(frozen=True)
-class _Item:
-    number: int
-    pair: Pair
-    src: list[int]
-    tgt: list[int]
-
-
 def build_datastore(backbone: Backbone, config: DatastoreConfig) -> Manifest:
     """Write keys and values of every target token of a corpus.
 
-    A datastore that is already there is kept if it is whole and the same model, tokenizer, key type and corpus would
-    make it again. One that is replaced is gone from the moment encoding begins.
+    A datastore that is already there is kept if the same model, tokenizer, key type and corpus would make it again.
+    One that was begun is continued after its last whole shard, which is one whose checksum fits: `building.json` is its
+    manifest so far, and is renamed to `manifest.json` when nothing is missing. One that is replaced is gone from the
+    moment encoding begins.
 
     Args:
         backbone: Whose states become the keys.
@@ -70,8 +71,8 @@ def build_datastore(backbone: Backbone, config: DatastoreConfig) -> Manifest:
         The manifest of the whole datastore.
 
     Raises:
-        DatastoreError: The folder holds a datastore that is damaged or made from something else, or a key is not
-            finite in fp16.
+        DatastoreError: The folder holds a datastore made from something else, another process writes to it, a file
+            could not be written, or a key is not finite in fp16.
     """
     folder = config.folder
     planned = Manifest(
@@ -81,41 +82,90 @@ def build_datastore(backbone: Backbone, config: DatastoreConfig) -> Manifest:
         reading=_reading(config.corpus),
         shard_entries=config.shard_entries,
         shards=(),
+        encoding=_encoding(backbone, config),
     )
-    if (folder / FILE_NAME).exists():
-        try:
-            existing = Manifest.load(folder)
-            differences = _differences(existing, planned, folder)
-        except DatastoreError as error:
-            differences = [str(error)]
-        if not differences:
-            log.info("%s is already built from this model and corpus: %d entries", folder, existing.entries)
-            return existing
-        if not config.overwrite:
-            raise DatastoreError(
-                f"{folder} already holds another datastore: {'; '.join(differences)} "
-                "(there against wanted). Choose another folder, or set overwrite: true to replace it."
-            )
-    total = sum(1 for _ in read_pairs(config.corpus))  # malformed input shows before anything is lost or begun
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE_NAME).unlink(missing_ok=True)
-    for stale in folder.glob("shard-*"):
-        stale.unlink()
-
-    report = ReadReport()
-    shards: list[ShardInfo] = []
-    with tqdm(total=total, desc=f"encode {config.corpus.path.name}", unit=" pairs") as progress:
-        for items in _shards_of_items(backbone, read_pairs(config.corpus, report), config.shard_entries):
-            path = folder / f"shard-{len(shards):05d}.h5"
-            _write_shard(backbone, items, path, config.max_tokens, progress.update)
-            entries = sum(len(item.tgt) for item in items)
-            shards.append(ShardInfo(path.name, entries, len(items), file_sha256(path)))
-            del items  # or two shards of pairs would be in memory while the next is read
-    manifest = replace(planned, shards=tuple(shards))
-    manifest.save(folder)
-    log.info("%s: %s", config.corpus.path, report)
-    log.info("%s: %d entries of %d pairs in %d shards", folder, manifest.entries, manifest.pairs, len(shards))
+    if (kept := _kept(planned, config)) is not None:  # before the lock, since it may be in a folder for reading only
+        return kept
+    with only_writer(folder):
+        if (kept := _kept(planned, config)) is not None:  # another process has just made it
+            return kept
+        begun = _begun(planned, config)
+        total = sum(1 for _ in read_pairs(config.corpus))  # malformed input shows before anything is lost or begun
+        begun.save(folder, BUILDING)
+        (folder / FILE_NAME).unlink(missing_ok=True)
+        sync_folder(folder)
+        remove_other_shards(folder, begun.shards)
+        manifest = _encode_rest(backbone, config, begun, total)
+        finish_building(folder)
+    log.info("%s: %d entries of %d pairs in %d shards", folder, manifest.entries, manifest.pairs, len(manifest.shards))
     return manifest
+
+
+def _encode_rest(backbone: Backbone, config: DatastoreConfig, begun: Manifest, total: int) -> Manifest:
+    """Add the shards of the pairs that are in none yet."""
+    folder, report = config.folder, ReadReport()
+    rest = islice(enumerate(read_pairs(config.corpus, report)), begun.pairs, None)
+    label = f"encode {config.corpus.path.name}"
+    with tqdm(total=total, initial=begun.pairs, desc=label, unit=" pairs") as progress:
+        for items in items_of_shards(backbone, rest, config.shard_entries):
+            path = folder / shard_name(len(begun.shards))
+            write_shard(backbone, items, path, config.max_tokens, progress.update)
+            entries = sum(len(item.tgt) for item in items)
+            begun = begun.with_shard(ShardInfo(path.name, entries, len(items), file_sha256(path)))
+            begun.save(folder, BUILDING)
+            del items  # or two shards of pairs would be in memory while the next is read
+    log.info("%s: %s", config.corpus.path, report)
+    return begun
+
+
+def _kept(planned: Manifest, config: DatastoreConfig) -> Manifest | None:
+    """The whole datastore that makes building needless; None if there is none."""
+    folder = config.folder
+    if not (folder / FILE_NAME).exists():
+        return None
+    try:
+        existing = Manifest.load(folder)
+    except DatastoreError as error:
+        _replace_only_if_asked(f"{folder} already holds another datastore", [str(error)], config)
+        return None
+    if differences := _differences(existing, planned):
+        _replace_only_if_asked(f"{folder} already holds another datastore", differences, config)
+        return None
+    for shard in existing.shards:
+        if not shard.is_whole(folder):
+            log.warning("%s is missing or damaged; it and the shards after it are made again", folder / shard.file)
+            return None
+    log.info("%s is already built from this model and corpus: %d entries", folder, existing.entries)
+    return existing
+
+
+def _begun(planned: Manifest, config: DatastoreConfig) -> Manifest:
+    """The plan with the whole shards that an earlier run of it has left."""
+    folder = config.folder
+    for name in (BUILDING, FILE_NAME):
+        try:
+            previous = Manifest.load(folder, name)
+        except DatastoreError as error:
+            if (folder / name).exists():
+                log.warning("%s", error)
+            continue
+        if differences := _differences(previous, planned, to_the_bit=True):
+            _replace_only_if_asked(f"{folder} holds {len(previous.shards)} shards of another plan", differences, config)
+            continue
+        whole = 0
+        while whole < len(previous.shards) and previous.shards[whole].is_whole(folder):
+            whole += 1
+        log.info("%s: %d shards are there and are kept", folder, whole)
+        return replace(planned, shards=previous.shards[:whole])
+    return planned
+
+
+def _replace_only_if_asked(what: str, differences: list[str], config: DatastoreConfig) -> None:
+    if not config.overwrite:
+        raise DatastoreError(
+            f"{what}: {'; '.join(differences)} (there against wanted). "
+            "Choose another folder, or set overwrite: true to replace it."
+        )
 
 
 def _corpus_sha256(corpus: CorpusFile) -> str:
@@ -128,73 +178,29 @@ def _reading(corpus: CorpusFile) -> dict[str, Any]:
     return {"format": corpus.file_format, **{name: getattr(corpus, name) for name in names}}
 
 
-def _differences(existing: Manifest, planned: Manifest, folder: Path) -> list[str]:
+def _encoding(backbone: Backbone, config: DatastoreConfig) -> dict[str, Any]:
+    dtype = str(backbone.output_projection.weight.dtype).removeprefix("torch.")
+    return {"max_tokens": config.max_tokens, "dtype": dtype, "device": backbone.device.type}
+
+
+def _differences(existing: Manifest, planned: Manifest, to_the_bit: bool = False) -> list[str]:
+    """In words, why two datastores are not the same, or, `to_the_bit`, why their shards cannot stand side by side."""
     differences = existing.provenance.differences(planned.provenance)
     if existing.corpus_sha256 != planned.corpus_sha256:
         differences.append(
             f"corpus {existing.corpus} ({existing.corpus_sha256[:12]}) "
             f"against {planned.corpus} ({planned.corpus_sha256[:12]})"
         )
-    for name, wanted in planned.reading.items():
-        if existing.reading.get(name) != wanted:
-            differences.append(f"corpus.{name} {existing.reading.get(name)} against {wanted}")
-    for shard in existing.shards:
-        path = folder / shard.file
-        if not path.exists() or file_sha256(path) != shard.sha256:
-            differences.append(f"{shard.file} is missing or damaged")
+    compared = [("corpus.", existing.reading, planned.reading)]
+    if to_the_bit:
+        if existing.shard_entries != planned.shard_entries:
+            differences.append(f"shard_entries {existing.shard_entries} against {planned.shard_entries}")
+        libraries = {name: planned.libraries.get(name) for name in ENCODING_LIBRARIES}
+        compared += [("", existing.encoding, planned.encoding), ("", existing.libraries, libraries)]
+    for prefix, there, wanted in compared:
+        differences += [
+            f"{prefix}{name} {there.get(name)} against {value}"
+            for name, value in wanted.items()
+            if there.get(name) != value
+        ]
     return differences
-
-
-def _shards_of_items(backbone: Backbone, pairs: Iterator[Pair], shard_entries: int) -> Iterator[list[_Item]]:
-    """Tokenize the corpus in the order of its pairs and cut it where a shard is full."""
-    shard: list[_Item] = []
-    entries = 0
-    for item in _items(backbone, pairs):
-        if shard and entries + len(item.tgt) > shard_entries:
-            yield shard
-            shard, entries = [], 0
-        shard.append(item)
-        entries += len(item.tgt)
-    if shard:
-        yield shard
-
-
-def _items(backbone: Backbone, pairs: Iterator[Pair]) -> Iterator[_Item]:
-    numbered = enumerate(pairs)
-    while rows := list(islice(numbered, TOKENIZED_AT_ONCE)):
-        sources, targets = backbone.tokenize([pair.src for _, pair in rows], [pair.tgt for _, pair in rows])
-        for (number, pair), src, tgt in zip(rows, sources, targets, strict=True):
-            yield _Item(number, pair, src, tgt)
-        del rows, sources, targets, pair
-
-
-def _write_shard(
-    backbone: Backbone, items: list[_Item], path: Path, max_tokens: int, progress: Callable[[int], object]
-) -> None:
-    """Encode the pairs of a shard in length-sorted batches, the longest first, and write them in that order."""
-    lengths = [max(len(item.src), len(item.tgt)) for item in items]
-    entries = sum(len(item.tgt) for item in items)
-    with ShardWriter(path, entries, len(items), backbone.key_size) as writer, torch.inference_mode():
-        for numbers in reversed(token_budget_batches(lengths, max_tokens)):
-            rows = [items[number] for number in numbers]
-            batch = collate([row.src for row in rows], [row.tgt for row in rows], backbone.pad_id).to(backbone.device)
-            keys = backbone.keys(batch)[batch.target_mask].to(torch.float16)
-            if not keys.isfinite().all():
-                _refuse_infinite(keys, rows)
-            values = np.fromiter((token for row in rows for token in row.tgt), np.int32, len(keys))
-            writer.append(
-                keys.cpu().numpy().astype(KEY_DTYPE, copy=False), values, [len(row.tgt) for row in rows],
-                [row.pair for row in rows], [row.number for row in rows],
-            )  # fmt: skip
-            progress(len(rows))
-
-
-def _refuse_infinite(keys: torch.Tensor, rows: list[_Item]) -> None:
-    entry = int((~keys.isfinite().all(1)).nonzero()[0])
-    for row in rows:
-        if entry < len(row.tgt):
-            raise DatastoreError(
-                f"a key of pair {row.number} ({row.pair.src[:60]!r}) is NaN or beyond fp16's range (65504); "
-                "use the other key_type, or load the model with dtype: float32 if it overflows by itself"
-            )
-        entry -= len(row.tgt)

@@ -1,20 +1,21 @@
 """What a datastore is made of, and what it was made with."""
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, field
+import re
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, get_origin, get_type_hints
 
 from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.datastore.errors import DatastoreError
+from lightning_knnmt.datastore.files import file_sha256, sync_folder
+from lightning_knnmt.datastore.sealed import read_sealed, write_sealed
 
-FORMAT = 1
 FILE_NAME = "manifest.json"
-
-
-class DatastoreError(RuntimeError):
-    """A datastore is missing, damaged, or does not fit what it is used with."""
+BUILDING = "building.json"  # a manifest that grows shard by shard; renamed when nothing is missing
+LARGEST_KEY = 1 << 20  # dimensions
+MOST = 1 << 50  # entries
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,24 @@ class ShardInfo:
     entries: int
     pairs: int
     sha256: str
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if Path(self.file).name != self.file or self.file == ".." or not self.file.endswith(".h5"):
+            raise ValueError(f"it names the shard {self.file!r}, expected a file name NAME.h5 without folders")
+        for name in ("entries", "pairs"):
+            if not 0 <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name} of {self.file} is {getattr(self, name)}, expected 0 to {MOST}")
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether every byte is as it was written."""
+        path = folder / self.file
+        return path.is_file() and is_inside(path, folder) and file_sha256(path) == self.sha256
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path leads to a file directly in a folder, links followed."""
+    return path.resolve().parent == folder.resolve()
 
 
 @dataclass(frozen=True)
@@ -55,6 +74,11 @@ class Provenance:
     key_size: int
     src_lang: str | None
     tgt_lang: str | None
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if not 1 <= self.key_size <= LARGEST_KEY:
+            raise ValueError(f"key_size is {self.key_size}, expected 1 to {LARGEST_KEY}")
 
     @classmethod
     def of(cls, backbone: Backbone) -> "Provenance":
@@ -99,7 +123,7 @@ def library_versions() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of `manifest.json`; it is written last, so a datastore that has one is whole.
+    """What a datastore is: the contents of `manifest.json`, which is there only if the datastore is whole.
 
     Attributes:
         provenance: Model, tokenizer and key type.
@@ -108,8 +132,8 @@ class Manifest:
         reading: How its pairs were read, as options of the readers.
         shard_entries: Most entries of a shard, as asked for.
         shards: The shards, in order.
+        encoding: What else the last bits of the keys depend on: batches, type and place of the weights.
         libraries: Versions at the time of building.
-        format: Version of the layout.
     """
 
     provenance: Provenance
@@ -118,8 +142,14 @@ class Manifest:
     reading: dict[str, Any]
     shard_entries: int
     shards: tuple[ShardInfo, ...]
+    encoding: dict[str, Any] = field(default_factory=dict)
     libraries: dict[str, str] = field(default_factory=library_versions)
-    format: int = FORMAT
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        files = [shard.file for shard in self.shards]
+        if len(set(files)) < len(files):
+            raise ValueError(f"it names {max(files, key=files.count)} more than once")
 
     @property
     def entries(self) -> int:
@@ -131,40 +161,65 @@ class Manifest:
         """Sentence pairs of all shards."""
         return sum(shard.pairs for shard in self.shards)
 
-    def save(self, folder: Path) -> None:
-        """Write the manifest beside its final place and rename it."""
-        beside = folder / (FILE_NAME + ".partial")
-        beside.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-        beside.replace(folder / FILE_NAME)
+    def with_shard(self, shard: ShardInfo) -> "Manifest":
+        """The manifest of a datastore with one more shard."""
+        return replace(self, shards=(*self.shards, shard))
+
+    def save(self, folder: Path, name: str = FILE_NAME) -> None:
+        """Write the manifest, whole or not at all.
+
+        Raises:
+            DatastoreError: It could not be written.
+        """
+        write_sealed(folder / name, asdict(self))
 
     @classmethod
-    def load(cls, folder: Path) -> "Manifest":
+    def load(cls, folder: Path, name: str = FILE_NAME) -> "Manifest":
         """Read a datastore's manifest.
 
         Raises:
             DatastoreError: There is none, or it is not one that this version can read.
         """
-        path = folder / FILE_NAME
+        path = folder / name
         if not path.exists():
-            raise DatastoreError(f"{folder} holds no datastore ({FILE_NAME} is missing); build it with build_index.py")
+            begun = " holds an unfinished datastore" if (folder / BUILDING).exists() else " holds no datastore"
+            raise DatastoreError(f"{folder}{begun} ({name} is missing); build it with build_index.py")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT:
-                raise DatastoreError(f"{path} has format {content['format']}, expected {FORMAT}; build it again")
+            content = read_sealed(path)
             content["provenance"] = Provenance(**content["provenance"])
             content["shards"] = tuple(ShardInfo(**shard) for shard in content["shards"])
-            for shard in content["shards"]:
-                if Path(shard.file).name != shard.file or shard.file == "..":
-                    raise DatastoreError(f"{path} names the shard {shard.file!r}, expected a file name without folders")
             return cls(**content)
         except (ValueError, KeyError, TypeError) as error:
             raise DatastoreError(f"{path} is damaged ({error}); build the datastore again") from error
 
 
-def file_sha256(path: Path) -> str:
-    """Checksum of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+def finish_building(folder: Path) -> None:
+    """Say that the datastore is whole."""
+    (folder / BUILDING).replace(folder / FILE_NAME)
+    sync_folder(folder)
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard by its number, from 0."""
+    return f"shard-{number:05d}.h5"
+
+
+def remove_other_shards(folder: Path, shards: tuple[ShardInfo, ...]) -> None:
+    """Remove the shards, finished or not, that a manifest does not name."""
+    kept = {shard.file for shard in shards}
+    for path in folder.glob("shard-*"):
+        if path.name not in kept and re.fullmatch(r"shard-\d+\.h5(\.partial)?", path.name):
+            path.unlink()
+
+
+def check_types(instance: Any) -> None:
+    """Refuse a dataclass of which a field has another type than it should.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    for name, hint in get_type_hints(type(instance)).items():
+        kind = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
+        value = getattr(instance, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} is {str(value)[:40]!r}, expected {getattr(kind, '__name__', kind)}")

@@ -1,7 +1,7 @@
 """One HDF5 file of keys and values, with the sentences that they come from."""
 
-import os
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -10,31 +10,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.datastore.errors import DatastoreError
+from lightning_knnmt.datastore.files import durable_file
+from lightning_knnmt.datastore.manifest import ShardInfo, is_inside
 
 KEY_DTYPE = np.float16
+TEXTS = ("src", "tgt", "document")
+TEXT_REFERENCE = 16  # bytes that HDF5 keeps in the array of each text: length, address and number
 
 
 class ShardWriter:
-    """Writes a shard beside its final place and renames it when the block ends well.
+    """Writes a shard, which gets its name when the block ends well; the same entries give the same bytes.
 
     Args:
         path: Final path of the HDF5 file.
         entries: How many entries it will hold.
         pairs: How many sentence pairs it will hold.
         key_size: D.
+
+    Raises:
+        DatastoreError: At any time: it cannot be written.
     """
 
     def __init__(self, path: Path, entries: int, pairs: int, key_size: int) -> None:
         self.path = path
         self.entries, self.pairs = entries, pairs
-        self._partial = path.with_name(path.name + ".partial")
-        self._file = h5py.File(self._partial, "w")
-        text = h5py.string_dtype("utf-8")
-        self._keys = self._file.create_dataset("keys", (entries, key_size), KEY_DTYPE)
-        self._values = self._file.create_dataset("values", (entries,), np.int32)
-        self._lengths = self._file.create_dataset("lengths", (pairs,), np.int32)
-        self._numbers = self._file.create_dataset("numbers", (pairs,), np.int64)
-        self._texts = {name: self._file.create_dataset(name, (pairs,), text) for name in ("src", "tgt", "document")}
+        with ExitStack() as stack:
+            self._target = stack.enter_context(durable_file(path))
+            file = stack.enter_context(h5py.File(self._target, "w"))
+            self._keys = file.create_dataset("keys", (entries, key_size), KEY_DTYPE)
+            self._values = file.create_dataset("values", (entries,), np.int32)
+            self._lengths = file.create_dataset("lengths", (pairs,), np.int32)
+            self._numbers = file.create_dataset("numbers", (pairs,), np.int64)
+            self._texts = {name: file.create_dataset(name, (pairs,), h5py.string_dtype("utf-8")) for name in TEXTS}
+            self._stack = stack.pop_all()
         self._entry = self._pair = 0
 
     def append(
@@ -57,6 +66,7 @@ class ShardWriter:
         self._numbers[rows] = numbers
         for name, dataset in self._texts.items():
             dataset[rows] = [getattr(pair, name) for pair in pairs]
+        self._target.check()
         self._entry, self._pair = entries.stop, rows.stop
 
     def __enter__(self) -> "ShardWriter":
@@ -65,15 +75,59 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
-        if kind is not None:
-            self._partial.unlink(missing_ok=True)
-            return
+        if error is None:
+            self._stack.callback(self._check_full)
+        self._stack.__exit__(kind, error, trace)
+
+    def _check_full(self) -> None:
         if (self._entry, self._pair) != (self.entries, self.pairs):
-            self._partial.unlink(missing_ok=True)
             raise RuntimeError(
                 f"{self.path} got {self._entry} entries of {self._pair} pairs, expected {self.entries} of {self.pairs}"
             )
-        with self._partial.open("rb") as file:
-            os.fsync(file.fileno())
-        self._partial.replace(self.path)
+
+
+def open_shard(folder: Path, shard: ShardInfo, key_size: int) -> h5py.File:
+    """Open a shard for reading, if it is as large as the manifest says and holds nothing but plain arrays and texts.
+
+    Not every byte is looked at; that is what `verify` is for.
+
+    Raises:
+        DatastoreError: It is missing or damaged, or leads out of the datastore's folder.
+    """
+    path = folder / shard.file
+    if not path.exists():
+        raise DatastoreError(f"{path} is missing; build the datastore again")
+    if not is_inside(path, folder):
+        raise DatastoreError(f"{path} is a link to {path.resolve()}, expected a file in the datastore's folder")
+    try:
+        file = h5py.File(path, "r", locking=False)  # nobody writes to a finished shard
+    except OSError as error:
+        raise DatastoreError(f"{path} is damaged ({error}); build the datastore again") from error
+    try:
+        _check_contents(file, shard, key_size)
+    except ValueError as error:
+        file.close()
+        raise DatastoreError(f"{path} {error}; build the datastore again") from error
+    return file
+
+
+def _check_contents(file: h5py.File, shard: ShardInfo, key_size: int) -> None:
+    expected = {
+        "keys": ((shard.entries, key_size), KEY_DTYPE),
+        "values": ((shard.entries,), np.int32),
+        "lengths": ((shard.pairs,), np.int32),
+        "numbers": ((shard.pairs,), np.int64),
+        **dict.fromkeys(TEXTS, ((shard.pairs,), None)),
+    }
+    if missing := set(expected) - set(file):
+        raise ValueError(f"lacks {', '.join(sorted(missing))}")
+    for name, (shape, dtype) in expected.items():
+        data = file[name] if isinstance(file.get(name, getlink=True), h5py.HardLink) else None
+        if not isinstance(data, h5py.Dataset) or data.is_virtual or data.external or data.chunks:
+            raise ValueError(f"holds {name} that are not a plain array of its own")
+        if data.shape != shape:
+            raise ValueError(f"holds {name} of shape {data.shape}, expected {shape}")
+        if (h5py.check_string_dtype(data.dtype) is None) if dtype is None else (data.dtype != dtype):
+            raise ValueError(f"holds {name} of type {data.dtype}, expected {np.dtype(dtype) if dtype else 'text'}")
+        if data.id.get_storage_size() != data.size * (np.dtype(dtype).itemsize if dtype else TEXT_REFERENCE):
+            raise ValueError(f"holds only a part of its {name}")

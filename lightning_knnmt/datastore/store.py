@@ -12,7 +12,10 @@ from numpy.typing import NDArray
 
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.datastore.manifest import DatastoreError, Manifest, Provenance
+from lightning_knnmt.datastore.errors import DatastoreError
+from lightning_knnmt.datastore.files import file_sha256
+from lightning_knnmt.datastore.manifest import FILE_NAME, Manifest, Provenance
+from lightning_knnmt.datastore.shard import open_shard
 
 
 @dataclass(frozen=True)
@@ -38,41 +41,27 @@ class Datastore:
     Args:
         folder: Folder that `build_index.py` wrote.
 
+    Attributes:
+        manifest: What it was made with, and its shards.
+        fingerprint: SHA-256 of the manifest, which holds the checksums of all shards.
+
     Raises:
-        DatastoreError: There is no whole datastore, or a shard is missing or damaged.
+        DatastoreError: There is no whole datastore, or a shard is missing or damaged. Not every byte is looked at;
+            `datastore.verify` does that.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
         self.manifest = Manifest.load(self.folder)
+        self.fingerprint = file_sha256(self.folder / FILE_NAME)
         self._files: list[h5py.File] = []
         try:
             for shard in self.manifest.shards:
-                file = self._open(shard.file)
-                self._files.append(file)
-                shape, expected = file["keys"].shape, (shard.entries, self.key_size)
-                if shape != expected:
-                    raise DatastoreError(
-                        f"{self.folder / shard.file} holds keys of shape {shape}, expected {expected}; build it again"
-                    )
+                self._files.append(open_shard(self.folder, shard, self.key_size))
         except BaseException:
             self.close()
             raise
         self._starts = np.cumsum([0, *(shard.entries for shard in self.manifest.shards)])
-
-    def _open(self, name: str) -> h5py.File:
-        path = self.folder / name
-        if not path.exists():
-            raise DatastoreError(f"{path} is missing; build the datastore again")
-        try:
-            file = h5py.File(path, "r")
-        except OSError as error:
-            raise DatastoreError(f"{path} is damaged ({error}); build the datastore again") from error
-        missing = {"keys", "values", "lengths", "numbers", "src", "tgt", "document"} - set(file)
-        if missing:
-            file.close()
-            raise DatastoreError(f"{path} lacks {', '.join(sorted(missing))}; build the datastore again")
-        return file
 
     @property
     def key_size(self) -> int:

@@ -1,12 +1,17 @@
 """The plain model and kNN-MT on the same sentences, in one run."""
 
+import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.decoding import Translations, Translator
 from lightning_knnmt.evaluation.scores import CorpusScores, Score, corpus_scores
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,19 @@ class SystemResult:
         texts: Its translations.
         scores: BLEU and chrF.
         speed: Tokens per second.
+        repeatable: Whether every repeat gave the same translations.
         comet: COMET, where a model was given.
     """
 
     texts: list[str]
     scores: CorpusScores
     speed: Speed
+    repeatable: bool
     comet: Score | None = None
 
 
 def run_systems(
-    translators: Mapping[str, Translator], pairs: Sequence[Pair], repeats: int = 3
+    translators: Mapping[str, Translator], pairs: Sequence[Pair], repeats: int = 3, seed: int = 1
 ) -> dict[str, SystemResult]:
     """Translate a test split with every system in turn, several times, and score the translations.
 
@@ -54,16 +61,23 @@ def run_systems(
         translators: Systems by name.
         pairs: The test split.
         repeats: Timed repeats, after one warm-up over the whole split.
+        seed: Seed of every single run, in case decoding samples.
 
     Returns:
         Results by name.
+
+    Raises:
+        ValueError: There are no pairs or no repeats.
     """
     if repeats < 1:
         raise ValueError(f"repeats is {repeats}, expected 1 or more")
+    if not pairs:
+        raise ValueError("the test split is empty, expected one pair or more")
     sources = [pair.src for pair in pairs]
     rounds: dict[str, list[Translations]] = {name: [] for name in translators}
     for _ in range(repeats + 1):
         for name, translator in translators.items():
+            torch.manual_seed(seed)
             rounds[name].append(translator.translate(sources))
     results = {}
     for name, translator in translators.items():
@@ -76,5 +90,9 @@ def run_systems(
             batch_size=translator.decoding.batch_size,
         )
         texts = timed[0].texts
-        results[name] = SystemResult(texts, corpus_scores(texts, [pair.tgt for pair in pairs]), speed)
+        changed = sum(len(set(versions)) > 1 for versions in zip(*(run.texts for run in rounds[name]), strict=True))
+        if changed:
+            log.warning("%s: %d of %d translations differ between repeats of the same run", name, changed, len(texts))
+        scores = corpus_scores(texts, [pair.tgt for pair in pairs])
+        results[name] = SystemResult(texts, scores, speed, repeatable=not changed)
     return results

@@ -1,34 +1,57 @@
 """Results as JSON and as a table."""
 
 import json
+import math
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lightning_knnmt.datastore.manifest import library_versions
 from lightning_knnmt.evaluation.comparison import SystemResult
 from lightning_knnmt.evaluation.scores import PairedBootstrap
 
+BUILD_FILE = "build.json"  # in a datastore's folder, with the time and memory that building took
+
 
 def system_json(result: SystemResult) -> dict[str, Any]:
-    """One system's figures, with the signatures of its scores."""
-    scores = {"bleu": result.scores.bleu, "chrf": result.scores.chrf}
-    if result.comet is not None:
-        scores["comet"] = result.comet
+    """One system's figures, with the signatures of its scores; `comet` is null where there is none."""
+    scores = {"bleu": result.scores.bleu, "chrf": result.scores.chrf, "comet": result.comet}
     return {
-        **{name: round(score.value, 4) for name, score in scores.items()},
+        **{name: None if score is None else round(score.value, 4) for name, score in scores.items()},
         "tokens_per_second": round(result.speed.tokens_per_second, 1),
         "tokens_per_second_repeats": [round(rate, 1) for rate in result.speed.repeats],
         "search_share": round(result.speed.search_share, 4),
         "batch_size": result.speed.batch_size,
-        "signatures": {name: score.signature for name, score in scores.items()},
+        "repeatable": result.repeatable,
+        "signatures": {name: score.signature for name, score in scores.items() if score is not None},
+    }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Machine, threads and versions, which figures of speed mean nothing without."""
+    return {
+        "device": str(device) if device.type != "cuda" else f"{device} ({torch.cuda.get_device_name(device)})",
+        "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "libraries": {
+            "python": platform.python_version(),
+            **library_versions(),
+            **{package: version(package) for package in ("sacrebleu", "lightning")},
+        },
     }
 
 
 def markdown_table(systems: Mapping[str, SystemResult], significance: Mapping[str, PairedBootstrap]) -> str:
     """A table of all systems, the first of which is what the others are compared with."""
     rows = [["system", "BLEU", "chrF", "COMET", "tokens/s", "relative speed", "time in search", "ΔBLEU (95 %)", "p"]]
-    first = next(iter(systems.values()))
+    first = next(iter(systems.values())).speed.tokens_per_second
     for name, result in systems.items():
         bleu = significance[name].bleu if name in significance else None
         rows.append(
@@ -38,7 +61,7 @@ def markdown_table(systems: Mapping[str, SystemResult], significance: Mapping[st
                 f"{result.scores.chrf.value:.1f}",
                 f"{result.comet.value:.4f}" if result.comet else "–",
                 f"{result.speed.tokens_per_second:.0f}",
-                f"{result.speed.tokens_per_second / first.speed.tokens_per_second:.2f}",
+                f"{result.speed.tokens_per_second / first:.2f}" if first else "–",
                 f"{result.speed.search_share:.0%}",
                 f"{bleu.delta:+.1f} ({bleu.low:+.1f} to {bleu.high:+.1f})" if bleu else "",
                 f"{bleu.p_value:.3f}" if bleu else "",
@@ -48,7 +71,13 @@ def markdown_table(systems: Mapping[str, SystemResult], significance: Mapping[st
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns; the first row is its head."""
+    """A Markdown table with aligned columns; the first row is its head.
+
+    >>> print(table([["system", "BLEU"], ["kNN", "31.6"]]))  # doctest: +NORMALIZE_WHITESPACE
+    | system | BLEU |
+    |--------|------|
+    | kNN    | 31.6 |
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     padded = [[cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in rows]
     lines = [f"| {' | '.join(row)} |" for row in padded]
@@ -56,12 +85,60 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def settings_line(results: Mapping[str, Any]) -> str:
+    """The settings behind a table, in one line.
+
+    Args:
+        results: What results.json holds.
+    """
+    settings, index, tuning = results["settings"], results["index"], results["tuning"]
+    knn, decoding, test = settings["knn"], settings["decoding"], settings["test"]
+    chosen = "given" if tuning is None else f"best of {tuning['tried']} on {settings['validation']['sentences']} pairs"
+    parts = [
+        f"{test['sentences']} sentences of {test['path']}",
+        f"k {knn['k']}, λ {knn['lambda_']:g}, T {knn['temperature']:g}, nprobe {knn['nprobe']} ({chosen})",
+        f"beam {decoding['beams']}, {decoding['batch_size']} sentences a batch",
+        f"median of {settings['repeats']} repeats on {settings['device']}, threads: {settings['threads']['torch']}",
+        f"{index['factory']} over {index['entries']} entries",
+    ]
+    if index["imbalance_factor"] is not None:
+        parts.append(f"imbalance factor {index['imbalance_factor']:.2f}, homogeneity {index['homogeneity']:.3f}")
+    parts.append(f"model {settings['model']['model']} {settings['model']['model_sha256'][:12]}")
+    parts += next(iter(results["systems"].values()))["signatures"].values()
+    return "; ".join(parts)
+
+
+def read_build(datastore: Path) -> dict[str, Any]:
+    """Time and memory of building a datastore (`encode`) and its `indexes`, as far as build_index.py has left them."""
+    try:
+        record = json.loads((datastore / BUILD_FILE).read_text(encoding="utf-8"))
+        return {"encode": record["encode"], "indexes": dict(record["indexes"])}
+    except (FileNotFoundError, KeyError, TypeError, ValueError):  # only figures: not worth an error
+        return {"encode": None, "indexes": {}}
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON beside its final place and rename it."""
+    """Write JSON beside its final place and rename it; a number that JSON does not know, such as NaN, is null."""
+    text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text and a line end beside its final place and rename it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8")
+    beside.write_text(text + "\n", encoding="utf-8")
     beside.replace(path)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
 
 
 def significance_json(significance: Mapping[str, PairedBootstrap]) -> dict[str, Any]:

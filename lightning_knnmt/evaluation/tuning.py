@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from lightning_knnmt.backbone import Backbone, collate
 from lightning_knnmt.data.batching import token_budget_batches
 from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.data.splits import source_key
 from lightning_knnmt.decoding import Decoding
 from lightning_knnmt.evaluation.scores import corpus_scores
@@ -66,6 +67,19 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Tune:
+    """Where and how to tune.
+
+    Attributes:
+        validation: The validation split; it shares no source with the test split.
+        grid: The settings to choose from.
+    """
+
+    validation: CorpusFile
+    grid: Grid = Grid()
+
+
+@dataclass(frozen=True)
 class ReferenceStates:
     """Teacher-forced states of N reference tokens.
 
@@ -113,11 +127,6 @@ class Tuning:
     tried: int
     tokens: int
 
-    @property
-    def best_log_likelihood(self) -> float:
-        """That of the chosen setting, per token."""
-        return self.finalists[0].log_likelihood
-
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
@@ -127,11 +136,8 @@ def check_apart(validation: Sequence[Pair], test: Sequence[Pair]) -> None:
     """Make sure that nothing of the test split can decide a setting.
 
     Raises:
-        ValueError: The validation split is empty, or has a source in common with the test split, case and white space
-            aside.
+        ValueError: The splits have a source in common, case and white space aside.
     """
-    if not validation:
-        raise ValueError("the validation split is empty, expected one pair or more; write it with prepare_data.py")
     tested = {source_key(pair.src) for pair in test}
     shared = [pair.src for pair in validation if source_key(pair.src) in tested]
     if shared:
@@ -176,7 +182,8 @@ def likelihoods(search: KnnSearch, states: ReferenceStates, grid: Grid) -> list[
     for nprobe in _distinct(grid.nprobe, search.index.nlist):
         neighbors = search.retriever(max(grid.k), nprobe).retrieve(states.queries)
         if temperatures is None:
-            temperatures = default_temperatures(neighbors.distances)
+            squared_norm = float(states.queries.square().sum(1).mean())
+            temperatures = default_temperatures(neighbors.distances, squared_norm)
         match = neighbors.values == states.tokens[:, None]  # [N, K]
         for k, temperature in itertools.product(grid.k, temperatures):
             weights = knn_log_weights(neighbors.distances[:, :k], temperature).exp()
@@ -194,11 +201,18 @@ def _distinct(nprobe: Sequence[int], nlist: int | None) -> list[int]:
     return sorted({min(value, nlist) for value in nprobe}) if nlist else [min(nprobe)]
 
 
-def default_temperatures(distances: Tensor) -> list[float]:
-    """Six temperatures around the median distance of the nearest neighbors, rounded to two digits."""
+def default_temperatures(distances: Tensor, squared_norm: float) -> list[float]:
+    """Six temperatures around the median distance of the nearest neighbors, rounded to two digits.
+
+    A context that is stored as it is lies nearer than fp16 can tell; such rows say nothing about the scale.
+
+    Args:
+        distances: Squared L2, shape (N, K).
+        squared_norm: Mean squared norm of the queries, from which a scale is guessed if all rows are such.
+    """
     nearest = distances[:, 0]
-    finite = nearest[nearest.isfinite() & (nearest > 0)]
-    median = float(finite.median()) if len(finite) else 10.0
+    telling = nearest[nearest.isfinite() & (nearest > 1e-5 * squared_norm)]
+    median = float(telling.median()) if len(telling) else 0.1 * squared_norm
     return [float(f"{median * factor:.2g}") for factor in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)]
 
 
@@ -220,7 +234,8 @@ def tune(search: KnnSearch, pairs: Sequence[Pair], grid: Grid, decoding: Decodin
     Raises:
         ValueError: There are no pairs.
     """
-    check_apart(pairs, [])
+    if not pairs:
+        raise ValueError("the validation split is empty, expected one pair or more to tune on")
     states = reference_states(search.backbone, pairs, grid.max_tokens)
     candidates = likelihoods(search, states, grid)
     best = max(candidate.log_likelihood for candidate in candidates)

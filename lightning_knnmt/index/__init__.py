@@ -1,7 +1,8 @@
 """Search indexes over the keys; the only package that imports FAISS."""
 
-from lightning_knnmt.index.builder import IndexReport, build_index, open_index
+from lightning_knnmt.index.builder import build_index, open_index
 from lightning_knnmt.index.config import IndexConfig, choose_factory
 from lightning_knnmt.index.faiss_index import FaissIndex
+from lightning_knnmt.index.report import IndexReport
 
 __all__ = ["FaissIndex", "IndexConfig", "IndexReport", "build_index", "choose_factory", "open_index"]

@@ -1,8 +1,6 @@
 """From the keys of a datastore to a searchable index."""
 
-import json
 import logging
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import faiss
@@ -12,10 +10,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_knnmt.datastore import Datastore, DatastoreError
-from lightning_knnmt.datastore.manifest import FILE_NAME, file_sha256
+from lightning_knnmt.datastore.files import file_sha256
+from lightning_knnmt.datastore.lock import only_writer
+from lightning_knnmt.datastore.manifest import FILE_NAME
 from lightning_knnmt.functional.clusters import homogeneity, imbalance_factor
 from lightning_knnmt.index.config import IndexConfig, choose_factory
 from lightning_knnmt.index.faiss_index import FaissIndex, find_ivf
+from lightning_knnmt.index.report import IndexReport
+from lightning_knnmt.index.trained import Training, load_trained, remove_trained, save_trained
 from lightning_knnmt.timing import Spans
 
 log = logging.getLogger(__name__)
@@ -23,52 +25,12 @@ log = logging.getLogger(__name__)
 REFINED = 4  # candidates for each neighbor that a Refine index scores again; FAISS's 1 would only correct distances
 
 
-@dataclass(frozen=True)
-class IndexReport:
-    """What an index is, and how evenly it is filled; the contents of NAME.json.
-
-    Attributes:
-        factory: FAISS factory string.
-        entries: Entries in it.
-        key_size: D.
-        nlist: Inverted lists; None if the index has none.
-        train_points: Keys that it was trained on.
-        seed: Seed of that sample.
-        imbalance_factor: 1 is perfect; None without lists.
-        homogeneity: Of target tokens over lists; None without lists.
-        datastore_sha256: Fingerprint of the datastore's manifest.
-        seconds: Time of each stage of building.
-    """
-
-    factory: str
-    entries: int
-    key_size: int
-    nlist: int | None
-    train_points: int
-    seed: int
-    imbalance_factor: float | None
-    homogeneity: float | None
-    datastore_sha256: str
-    seconds: dict[str, float]
-
-    @classmethod
-    def load(cls, path: Path) -> "IndexReport":
-        """Read NAME.json.
-
-        Raises:
-            DatastoreError: It is damaged.
-        """
-        try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
-            raise DatastoreError(f"{path} is damaged ({error}); build the index again") from error
-
-
 def build_index(datastore: Datastore, config: IndexConfig) -> IndexReport:
     """Train an index on a uniform sample of a datastore's keys, add all keys, and write it beside the shards.
 
     An index of that name that is already there is kept if it was built from this datastore with these settings. One
-    that is damaged, or was built from other keys than the datastore now holds, is of no use, and replaced.
+    that is damaged, or was built from other keys than the datastore now holds, is of no use, and replaced. A build that
+    is stopped after training need not train again.
 
     Args:
         datastore: Whose keys to index.
@@ -78,44 +40,36 @@ def build_index(datastore: Datastore, config: IndexConfig) -> IndexReport:
         What was built and how evenly it is filled.
 
     Raises:
-        DatastoreError: An index of that name was built with other settings.
+        DatastoreError: An index of that name was built with other settings, another process writes to the datastore's
+            folder, or a file could not be written.
         ValueError: FAISS does not know the factory string, or it does not fit the keys.
     """
     factory = choose_factory(len(datastore), datastore.key_size) if config.factory == "auto" else config.factory
     path = datastore.folder / f"{config.name}.faiss"
-    description = path.with_suffix(".json")
     index = _make(factory, datastore.key_size)
     points = min(_train_points(index, config), len(datastore))
-    existing = _existing(path, description, datastore)
-    if existing is not None:
-        differences = _differences(existing, factory, points, config.seed)
-        if not differences:
-            log.info("%s is already built: %s over %d entries", path, existing.factory, existing.entries)
-            return existing
-        if not config.overwrite:
-            raise DatastoreError(
-                f"{path} already holds another index: {'; '.join(differences)} (there against wanted). "
-                "Choose another name, or set overwrite: true to replace it."
-            )
+    training = Training(factory, datastore.key_size, points, config.seed, datastore.fingerprint)
+    if (kept := _kept(path, training, config)) is not None:  # before the lock: it may be in a folder for reading only
+        return kept
     _check_sample(index, factory, points, len(datastore))
-    spans = Spans()
-    with spans.span("sample"):
-        sample = datastore.sample_keys(points, config.seed)
-    with spans.span("train"):
-        log.info("training %s on %d of %d keys", factory, points, len(datastore))
-        _train(index, factory, sample)
-    with spans.span("add"), tqdm(total=len(datastore), desc="add", unit=" keys", unit_scale=True) as progress:
-        for keys in datastore.key_chunks(config.chunk):
-            index.add(keys.astype("float32"))
-            progress.update(len(keys))
-    built = FaissIndex(index)
-    with spans.span("write"):
-        description.unlink(missing_ok=True)
-        built.save(path)
-    report = _report(built, factory, points, config, datastore, dict(spans.seconds))
-    beside = description.with_name(description.name + ".partial")
-    beside.write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
-    beside.replace(description)
+    with only_writer(datastore.folder):
+        if (kept := _kept(path, training, config)) is not None:  # another process has just made it
+            return kept
+        if file_sha256(datastore.folder / FILE_NAME) != datastore.fingerprint:
+            raise DatastoreError(f"{datastore.folder} was built anew after it was opened; open it again")
+        spans = Spans()
+        index = _trained(index, datastore, training, path, spans)
+        with spans.span("add"), tqdm(total=len(datastore), desc="add", unit=" keys", unit_scale=True) as progress:
+            for keys in datastore.key_chunks(config.chunk):
+                index.add(keys.astype("float32"))
+                progress.update(len(keys))
+        built = FaissIndex(index)
+        with spans.span("write"):
+            _description(path).unlink(missing_ok=True)
+            sha256 = built.save(path)
+        report = _report(built, training, sha256, datastore, dict(spans.seconds))
+        report.save(_description(path))
+        remove_trained(path)
     return report
 
 
@@ -126,7 +80,7 @@ def open_index(datastore: Datastore, name: str = "index") -> FaissIndex:
         DatastoreError: The index belongs to another datastore, or is not whole.
     """
     path = datastore.folder / f"{name}.faiss"
-    description = path.with_suffix(".json")
+    description = _description(path)
     if not path.exists() or not description.exists():
         raise DatastoreError(f"{datastore.folder} has no index called {name!r}; build it with build_index.py")
     report = IndexReport.load(description)
@@ -134,37 +88,63 @@ def open_index(datastore: Datastore, name: str = "index") -> FaissIndex:
         index = FaissIndex.load(path)
     except ValueError as error:
         raise DatastoreError(str(error)) from error
-    if report.datastore_sha256 != datastore_fingerprint(datastore) or len(index) != len(datastore):
+    if report.datastore_sha256 != datastore.fingerprint or len(index) != len(datastore):
         raise DatastoreError(
             f"{path} indexes {len(index)} keys of the datastore {report.datastore_sha256[:12]}, but {datastore.folder} "
-            f"holds {len(datastore)} keys of {datastore_fingerprint(datastore)[:12]}; build the index again"
+            f"holds {len(datastore)} keys of {datastore.fingerprint[:12]}; build the index again"
         )
     return index
 
 
-def datastore_fingerprint(datastore: Datastore) -> str:
-    """SHA-256 of the manifest, which holds the checksums of all shards."""
-    return file_sha256(datastore.folder / FILE_NAME)
+def _description(path: Path) -> Path:
+    return path.with_suffix(".json")
 
 
-def _existing(path: Path, description: Path, datastore: Datastore) -> IndexReport | None:
-    """What is said of an index that is of use; None if there is none."""
-    if not path.exists() or not description.exists():
+def _kept(path: Path, training: Training, config: IndexConfig) -> IndexReport | None:
+    """What is said of the index that makes building needless; None if there is none."""
+    if not path.exists() or not _description(path).exists():
         return None
     try:
-        report = IndexReport.load(description)
-        index = FaissIndex.load(path)
-    except (DatastoreError, ValueError) as error:
+        existing = IndexReport.load(_description(path))
+    except DatastoreError as error:
         log.warning("%s", error)
         return None
-    fits = report.datastore_sha256 == datastore_fingerprint(datastore) and len(index) == len(datastore)
-    return report if fits else None
-
-
-def _differences(existing: IndexReport, factory: str, points: int, seed: int) -> list[str]:
-    wanted = {"factory": factory, "train_points": points, "seed": seed}
+    if existing.datastore_sha256 != training.datastore_sha256:
+        return None
+    if file_sha256(path) != existing.faiss_sha256:
+        log.warning("%s is damaged; it is built again", path)
+        return None
+    wanted = {name: getattr(training, name) for name in ("factory", "train_points", "seed")}
     there = {name: getattr(existing, name) for name in wanted}
-    return [f"{name} {there[name]} against {wanted[name]}" for name in wanted if there[name] != wanted[name]]
+    differences = [f"{name} {there[name]} against {wanted[name]}" for name in wanted if there[name] != wanted[name]]
+    if not differences:
+        remove_trained(path)  # the process may have been killed just before it did
+        log.info("%s is already built: %s over %d entries", path, existing.factory, existing.entries)
+        return existing
+    if not config.overwrite:
+        raise DatastoreError(
+            f"{path} already holds another index: {'; '.join(differences)} (there against wanted). "
+            "Choose another name, or set overwrite: true to replace it."
+        )
+    return None
+
+
+def _trained(index: faiss.Index, datastore: Datastore, training: Training, path: Path, spans: Spans) -> faiss.Index:
+    """Train, unless an earlier run has."""
+    if (loaded := load_trained(training, path)) is not None:
+        index, seconds = loaded
+        spans.seconds.update(seconds)
+        log.info("%s was trained before", training.factory)
+        return index
+    with spans.span("sample"):
+        sample = datastore.sample_keys(training.train_points, training.seed)
+    needs_training = not index.is_trained
+    with spans.span("train"):
+        log.info("training %s on %d of %d keys", training.factory, training.train_points, len(datastore))
+        _train(index, training.factory, sample)
+    if needs_training:
+        save_trained(index, training, dict(spans.seconds), path)
+    return index
 
 
 def _make(factory: str, key_size: int) -> faiss.Index:
@@ -208,18 +188,19 @@ def _check_sample(index: faiss.Index, factory: str, points: int, entries: int) -
 
 
 def _report(
-    index: FaissIndex, factory: str, points: int, config: IndexConfig, datastore: Datastore, seconds: dict[str, float]
+    index: FaissIndex, training: Training, sha256: str, datastore: Datastore, seconds: dict[str, float]
 ) -> IndexReport:
     sizes, lists = index.list_sizes(), index.list_of_entries()
     return IndexReport(
-        factory=factory,
+        factory=training.factory,
         entries=len(index),
         key_size=index.key_size,
         nlist=index.nlist,
-        train_points=points,
-        seed=config.seed,
+        train_points=training.train_points,
+        seed=training.seed,
         imbalance_factor=None if sizes is None else imbalance_factor(torch.from_numpy(sizes)),
         homogeneity=None if lists is None else homogeneity(torch.from_numpy(lists), torch.from_numpy(datastore.values)),
-        datastore_sha256=datastore_fingerprint(datastore),
+        datastore_sha256=training.datastore_sha256,
+        faiss_sha256=sha256,
         seconds={name: round(value, 3) for name, value in seconds.items()},
     )

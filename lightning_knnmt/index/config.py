@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
-from lightning_knnmt.datastore.manifest import FILE_NAME
+RESERVED = ("manifest", "building", "build")  # whose .json the datastore has
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,10 @@ class IndexConfig:
             raise ValueError(f"train_points is {self.train_points}, expected 1 or more")
         if self.chunk < 1:
             raise ValueError(f"chunk is {self.chunk}, expected 1 or more")
-        if not self.name or "/" in self.name or f"{self.name}.json" == FILE_NAME:
-            raise ValueError(f"name is {self.name!r}, expected a file name without folders, other than the manifest's")
+        if not self.name or Path(self.name).name != self.name or "." in self.name:
+            raise ValueError(f"name is {self.name!r}, expected a file name without folders and dots")
+        if self.name in RESERVED:
+            raise ValueError(f"name is {self.name!r}, expected another than those that the datastore uses itself")
 
 
 def choose_factory(entries: int, key_size: int) -> str:

@@ -6,6 +6,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_knnmt.datastore.files import durable_file, file_sha256
+
 Distances = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
@@ -44,11 +46,13 @@ class FaissIndex:
         except RuntimeError as error:
             raise ValueError(f"{path} is not an index that FAISS can read ({error}); build it again") from error
 
-    def save(self, path: Path) -> None:
-        """Write the index beside its final place and rename it."""
-        beside = path.with_name(path.name + ".partial")
-        faiss.write_index(self.index, str(beside))
-        beside.replace(path)
+    def save(self, path: Path) -> str:
+        """Write the index, whole or not at all, and return the file's checksum.
+
+        Raises:
+            DatastoreError: It could not be written.
+        """
+        return write_index(self.index, path)
 
     def __len__(self) -> int:
         return int(self.index.ntotal)
@@ -107,6 +111,22 @@ class FaissIndex:
                 ids = faiss.rev_swig_ptr(lists.get_ids(number), int(size))
                 assigned[ids] = number
         return assigned
+
+
+def write_index(index: faiss.Index, path: Path) -> str:
+    """Write a FAISS index, whole or not at all, and return the file's SHA-256.
+
+    Raises:
+        DatastoreError: It could not be written.
+    """
+    with durable_file(path) as file:
+
+        def write(data: bytes) -> None:  # FAISS by itself does not notice if its last piece is missing (FAISS 1.15)
+            file.write(data)
+            file.check()
+
+        faiss.write_index(index, faiss.PyCallbackIOWriter(write))  # type: ignore[attr-defined]
+    return file_sha256(path)
 
 
 def find_ivf(index: faiss.Index) -> "faiss.IndexIVF | None":

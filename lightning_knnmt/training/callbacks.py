@@ -1,6 +1,7 @@
 """What happens beside training."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 
@@ -8,7 +9,9 @@ from lightning_knnmt.training.module import TranslationModule
 
 
 class ExportBackbone(L.Callback):
-    """Write the model as a Hugging Face folder after each validation that is the best so far, and at the end.
+    """Write the model as a Hugging Face folder after each validation that is the best so far.
+
+    The weights of the last step are validated, and so written, whatever the interval of validations is.
 
     Args:
         folder: Where `model.safetensors`, its configuration and the tokenizer go.
@@ -18,6 +21,11 @@ class ExportBackbone(L.Callback):
     def __init__(self, folder: Path, monitor: str | None = "val/loss") -> None:
         self.folder, self.monitor = folder, monitor
         self.best = float("inf")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """Have the last step validated, as Lightning does for a training that is stopped early."""
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the model if it is the best so far."""

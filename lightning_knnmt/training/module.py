@@ -1,20 +1,28 @@
 """The LightningModule around a pretrained translation model."""
 
 import math
+from dataclasses import asdict
+from typing import Literal, get_args
 
 import lightning as L
+import numpy as np
 import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-
 from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.dispersion import Dispersion
 from lightning_knnmt.training.schedule import Schedule
+
+Trainable = Literal["all", "last_block", "adapters"]
 
 
 class TranslationModule(L.LightningModule):
-    """Label-smoothed cross-entropy training of a translation model.
+    """Label-smoothed cross-entropy training of a translation model, with dispersion of its keys (arXiv 2509.16729).
+
+    The loss is L_MT + γ L_disp, both averaged per target token; L_disp acts on the directions of the decoder outputs.
+    A resumed run draws the same random numbers as one that was never interrupted.
 
     Args:
         model: Hub name or folder of the model to train.
@@ -22,6 +30,12 @@ class TranslationModule(L.LightningModule):
         label_smoothing: Probability mass spread over the vocabulary.
         src_lang: Language code of the source, for multilingual models.
         tgt_lang: Language code of the target, for multilingual models.
+        trainable: `all`; `last_block`: its feed-forward layers, the final norm and the output projection, untied from
+            the embeddings; `adapters`: low-rank adapters on the same layers, and the norm. What is frozen runs without
+            a graph and without dropout.
+        adapter_rank: Rank of the adapters.
+        dispersion: Loss that spreads the keys; None: none.
+        gamma: Its weight γ; 0: it is only logged.
     """
 
     def __init__(
@@ -31,15 +45,41 @@ class TranslationModule(L.LightningModule):
         label_smoothing: float = 0.1,
         src_lang: str | None = None,
         tgt_lang: str | None = None,
+        trainable: Trainable = "all",
+        adapter_rank: int = 16,
+        dispersion: Dispersion | None = None,
+        gamma: float = 1.0,
     ) -> None:
         super().__init__()
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing is {label_smoothing}, expected 0 or more and less than 1")
-        self.save_hyperparameters()
+        if trainable not in get_args(Trainable):
+            raise ValueError(f"trainable is {trainable!r}, expected one of {', '.join(get_args(Trainable))}")
+        if adapter_rank < 1:
+            raise ValueError(f"adapter_rank is {adapter_rank}, expected 1 or more")
+        if not 0 <= gamma < math.inf:
+            raise ValueError(f"gamma is {gamma}, expected 0 or more")
+        self.save_hyperparameters(ignore=["schedule", "dispersion"])  # as plain values, for loggers and checkpoints
+        self.save_hyperparameters(
+            {"schedule": asdict(schedule), "dispersion": None if dispersion is None else dispersion.configuration}
+        )
         self.schedule = schedule
         self.label_smoothing = label_smoothing
+        self.dispersion = dispersion
+        self.gamma = gamma
         self.backbone = Backbone(model, src_lang=src_lang, tgt_lang=tgt_lang, device="cpu")  # Lightning moves it
+        if trainable != "all":
+            self.backbone.freeze_below_output(adapter_rank if trainable == "adapters" else None)
         self.backbone.train()  # Hugging Face loads models for evaluation, and Lightning keeps that
+
+    def on_fit_start(self) -> None:
+        """Remember the seed of the run."""
+        self._seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seed dropout and the dispersion's draws by run, step and process, so that a resumed run draws them again."""
+        sequence = np.random.SeedSequence((self._seed, self.global_step, batch_idx, self.global_rank))
+        torch.manual_seed(int(sequence.generate_state(1)[0]))
 
     def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Decoder outputs and labels of the batch's N target tokens, shapes (N, D) and (N,)."""
@@ -50,16 +90,39 @@ class TranslationModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss per target token."""
         states, labels = self.states(batch)
-        loss = F.cross_entropy(self.backbone.project(states), labels, label_smoothing=self.label_smoothing)
+        logits = self.backbone.project(states).float()
+        translation = loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        self.log("train/translation_loss", translation.detach(), batch_size=len(labels))
+        if self.dispersion is not None:
+            spread = self.dispersion(states)
+            loss = translation + self.gamma * spread
+            self.log("train/dispersion", spread.detach(), batch_size=len(labels))
+            every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+            if every and (self.global_step + 1) % every == 0:
+                self._log_gradients(states, {"translation": translation, "dispersion": spread})
         self.log("train/loss", loss.detach(), batch_size=len(labels), prog_bar=True)
         self.log("train/tokens", float(len(labels)), batch_size=1, reduce_fx=torch.sum, on_epoch=True, on_step=False)
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Negative log-likelihood per target token, without smoothing."""
+    def _log_gradients(self, states: Tensor, losses: dict[str, Tensor]) -> None:
+        """Log the norm of each loss's own gradient, γ not included, at the decoder outputs, where the losses meet.
+
+        That is a backward pass through the output projection alone, and only in steps that are logged.
+        """
+        for name, loss in losses.items():
+            (gradient,) = torch.autograd.grad(loss, states, retain_graph=True)
+            self.log(f"train/{name}_gradient", gradient.float().norm(), batch_size=len(states))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Log the negative log-likelihood per target token, without smoothing.
+
+        Returns:
+            `keys`, shape (N, D), and their `tokens`, shape (N,), for callbacks.
+        """
         states, labels = self.states(batch)
         loss = F.cross_entropy(self.backbone.project(states).float(), labels)
         self.log("val/loss", loss, batch_size=len(labels), prog_bar=True, sync_dist=True)
+        return {"keys": states, "tokens": labels}
 
     def on_validation_epoch_end(self) -> None:
         """Log the perplexity."""

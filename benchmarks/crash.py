@@ -1,0 +1,309 @@
+"""Builds that are killed and run again: ``python benchmarks/crash.py --quick``.
+
+A process that builds a small datastore and its index is killed (SIGKILL) at a random moment of a chosen stage; then the
+same build runs again. The store must be identical to one that was never interrupted: shards, manifest and index byte by
+byte, the description of the index but for the time that building took. Whole shards must not be written again.
+"""
+
+import argparse
+import functools
+import json
+import multiprocessing
+import os
+import random
+import re
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import common
+from tqdm import tqdm
+
+from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.scratch import MarianSize, init_marian
+from lightning_knnmt.data.readers import CorpusFile
+from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError, Manifest, build_datastore
+from lightning_knnmt.datastore.encoder import ShardWriter
+from lightning_knnmt.datastore.files import PartialFile
+from lightning_knnmt.datastore.manifest import BUILDING
+from lightning_knnmt.datastore.verify import verify
+from lightning_knnmt.index import IndexConfig, build_index
+from lightning_knnmt.index import builder as index_builder
+
+STAGES = ("encode", "train", "add", "write")
+PAUSE = 0.004  # seconds that each step of a build is drawn out, so that a kill can fall into it
+INDEX = IndexConfig("IVF4,PQ4x4fs,Refine(SQfp16)", chunk=60)
+NOT_COMPARED = ("writer.lock",)  # who wrote last
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process builds.
+
+    Attributes:
+        model: Folder of the model.
+        corpus: JSONL file.
+        shard_entries: Most entries of a shard.
+    """
+
+    model: Path
+    corpus: Path
+    shard_entries: int = 150
+
+    def build(self, folder: Path, stages: Connection | None = None) -> None:
+        """Build the store, telling each step's stage where asked; runs in a process of its own."""
+        common.set_threads(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars
+        tqdm.set_lock(threading.RLock())  # its own is shared among processes, and would outlive a killed one
+        if stages is not None:
+            _draw_out(stages.send)
+        config = DatastoreConfig(folder, CorpusFile(self.corpus), max_tokens=200, shard_entries=self.shard_entries)
+        build_datastore(Backbone(str(self.model), device="cpu"), config)
+        with Datastore(folder) as store:
+            build_index(store, INDEX)
+
+
+def _draw_out(tell: Callable[[str], None]) -> None:
+    """Make each step of a build tell its stage and last a little longer."""
+
+    def drawn_out(stage: str, step: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(step)
+        def slow(*args: Any) -> Any:
+            tell(stage)
+            time.sleep(PAUSE)
+            result = step(*args)
+            time.sleep(PAUSE)
+            return result
+
+        return slow
+
+    ShardWriter.append = drawn_out("encode", ShardWriter.append)  # type: ignore[method-assign]
+    index_builder._train = drawn_out("train", index_builder._train)
+    PartialFile.finish = drawn_out("write", PartialFile.finish)  # type: ignore[method-assign]
+    chunks = Datastore.key_chunks
+
+    def slow_chunks(store: Datastore, chunk: int) -> Any:
+        for keys in chunks(store, chunk):
+            tell("add")
+            yield keys
+            time.sleep(PAUSE)
+
+    Datastore.key_chunks = slow_chunks  # type: ignore[method-assign, assignment]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one kill led to.
+
+    Attributes:
+        stage: Where the process was.
+        step: Which step of that stage it had begun, from 1.
+        kept: Whole shards that it left.
+        problems: What was different from an uninterrupted build, in words.
+    """
+
+    stage: str
+    step: int
+    kept: int
+    problems: list[str]
+
+
+class Crashes:
+    """Kills builds of one piece of work.
+
+    Args:
+        work: What is built.
+        root: An empty folder.
+        seed: Of the moments.
+    """
+
+    def __init__(self, work: Work, root: Path, seed: int = 1) -> None:
+        self.work, self.root, self.random = work, root, random.Random(seed)
+        self.context = _forking()
+        self.whole = root / "whole"
+        process, stages = self.start(work.build, self.whole)
+        self.steps = Counter(_told(stages))  # [stage -> steps of a whole build]
+        process.join()
+        if process.exitcode != 0 or set(self.steps) != set(STAGES):
+            raise RuntimeError(f"the uninterrupted build ended with {process.exitcode} after {dict(self.steps)}")
+        self.expected = contents(self.whole)
+
+    def start(self, target: Callable[..., object], *args: Any) -> tuple[Any, Connection]:
+        """Run something in a process of its own; its last argument is a pipe, whose other end is returned."""
+        receiver, sender = self.context.Pipe(duplex=False)
+        process = self.context.Process(target=target, args=(*args, sender))
+        process.start()
+        sender.close()
+        return process, receiver
+
+    def kill(self, stage: str) -> Outcome:
+        """Kill a build in a stage, run it again, and compare."""
+        folder = self.root / "killed"
+        while True:
+            step = self.random.randint(1, self.steps[stage])
+            process, stages = self.start(self.work.build, folder)
+            begun = 0
+            try:
+                while begun < step:
+                    begun += stages.recv() == stage
+                time.sleep(self.random.uniform(0, 2.5 * PAUSE))
+            except EOFError:
+                pass
+            process.kill()
+            process.join()
+            if process.exitcode < 0:
+                break
+            _remove(folder)  # it was faster than the signal
+        kept = _stamps(folder)
+        problems = self._opens_only_whole(folder)
+        problems += self.run_again(folder)
+        if any(_stamp(folder / name) != stamp for name, stamp in kept.items()):
+            problems.append("a whole shard was written again")
+        _remove(folder)
+        return Outcome(stage, step, len(kept), problems)
+
+    def run_again(self, folder: Path) -> list[str]:
+        """Build to the end, and say in words how the store differs from one that was never interrupted."""
+        again = self.context.Process(target=self.work.build, args=(folder,))
+        again.start()
+        again.join()
+        problems = [f"running again ended with {again.exitcode}"] if again.exitcode else []
+        return problems + differences(contents(folder), self.expected) + [str(problem) for problem in verify(folder)]
+
+    def _opens_only_whole(self, folder: Path) -> list[str]:
+        """A store that opens after the kill is the whole one."""
+        try:
+            with Datastore(folder) as store:
+                return [] if store.manifest == Manifest.load(self.whole) else ["another store opens after the kill"]
+        except DatastoreError:
+            return []
+
+
+def _forking() -> Any:
+    """Processes that begin with everything imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([Path(__file__).stem])
+    before, here = os.environ.get("PYTHONPATH"), Path(__file__).resolve().parent
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), *([before] if before else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+    return context
+
+
+def _told(stages: Connection) -> list[str]:
+    told = []
+    try:
+        while True:
+            told.append(stages.recv())
+    except EOFError:
+        return told
+
+
+def _stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Identity and time of the shards that count as whole."""
+    for name in (BUILDING, "manifest.json"):
+        try:
+            return {shard.file: _stamp(folder / shard.file) for shard in Manifest.load(folder, name).shards}
+        except DatastoreError:
+            continue
+    return {}
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    return path.stat().st_ino, path.stat().st_mtime_ns
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Checksum of each file of a store, by name, without times of building."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        content = path.read_bytes()
+        if path.name == f"{INDEX.name}.json":
+            content = re.sub(rb'"seconds": \{[^}]*\}|"sha256": "\w*"', b"", content)
+        if path.name not in NOT_COMPARED:
+            found[path.name] = sha256(content).hexdigest()
+    return found
+
+
+def differences(found: dict[str, str], expected: dict[str, str]) -> list[str]:
+    """In words, how two stores differ."""
+    differ = [name for name in expected if found.get(name) != expected[name]]
+    return [f"{name} differs" for name in differ] + [f"{name} is left over" for name in found if name not in expected]
+
+
+def _remove(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def make_work(root: Path, pairs: int) -> Work:
+    """A tiny model and a corpus of random words of different lengths."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyzäöü", k=rng.randint(2, 8))) for _ in range(200)]
+    rows = [{side: " ".join(rng.choices(words, k=rng.randint(1, 9))) for side in ("src", "tgt")} for _ in range(pairs)]
+    corpus = root / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    size = MarianSize(vocabulary=300, d_model=16, encoder_layers=1, decoder_layers=1, heads=2, ffn=32, positions=64)
+    init_marian((row[side] for row in rows for side in row), root / "model", size)
+    return Work(root / "model", corpus)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Kill as often as asked, in all stages in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        crashes = Crashes(make_work(root, options.pairs), root, options.seed)
+        start = time.perf_counter()
+        outcomes = [crashes.kill(STAGES[number % len(STAGES)]) for number in range(options.kills)]
+    good = [outcome for outcome in outcomes if not outcome.problems]
+    return {
+        "ratio": len(good) / len(outcomes),
+        "kills": dict(Counter(outcome.stage for outcome in outcomes)),
+        "steps_of_a_whole_build": dict(crashes.steps),
+        "different_moments": len({(outcome.stage, outcome.step) for outcome in outcomes}),
+        "whole_shards_kept": dict(sorted(Counter(outcome.kept for outcome in outcomes).items())),
+        "problems": [vars(outcome) for outcome in outcomes if outcome.problems],
+        "seconds_per_kill": round((time.perf_counter() - start) / len(outcomes), 2),
+        "settings": {name: value for name, value in vars(options).items() if name not in ("json", "quick")},
+        **common.environment(),
+    }
+
+
+def main() -> None:
+    """Kill, print what came of it, and write it as JSON where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer kills")
+    parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument("--kills", type=int, help="60, or 12 with --quick")
+    parser.add_argument("--pairs", type=int, default=160, help="sentence pairs of the corpus")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    options.kills = options.kills or (12 if options.quick else 60)
+    common.set_threads(1)
+    result = measure(options)
+    print("| stage | kills | steps of a whole build |\n|---|---|---|")
+    for stage, kills in result["kills"].items():
+        print(f"| {stage} | {kills} | {result['steps_of_a_whole_build'][stage]} |")
+    for problem in result["problems"]:
+        print(problem)
+    print(f"\nratio {result['ratio']}: share of the kills after which the same command made the identical store")
+    if options.json is not None:
+        common.write_json(options.json, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Whether every byte of a datastore and of its indexes is as it was written."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_knnmt.datastore.errors import DatastoreError
+from lightning_knnmt.datastore.files import file_sha256
+from lightning_knnmt.datastore.manifest import FILE_NAME, Manifest, ShardInfo, is_inside
+from lightning_knnmt.datastore.sealed import read_sealed
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with a file.
+
+    Attributes:
+        file: Its name in the datastore's folder.
+        what: What is wrong, and what to do.
+    """
+
+    file: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.file} {self.what}"
+
+
+def verify(folder: Path) -> list[Problem]:
+    """Compare all files of a datastore and of its indexes with their checksums; nothing is changed.
+
+    Every byte is read. Opening a datastore looks at shapes and sizes only, which takes no time.
+
+    Args:
+        folder: The datastore's.
+
+    Returns:
+        What is wrong; nothing if all is well.
+    """
+    try:
+        manifest = Manifest.load(folder)
+    except DatastoreError as error:
+        return [Problem(FILE_NAME, str(error))]
+    problems = [problem for shard in manifest.shards if (problem := _shard_problem(folder, shard)) is not None]
+    for name in _index_names(folder):
+        problems += _index_problems(folder, name)
+    return problems
+
+
+def _shard_problem(folder: Path, shard: ShardInfo) -> Problem | None:
+    path = folder / shard.file
+    if not path.is_file():
+        return Problem(shard.file, "is missing; build the datastore again")
+    if not is_inside(path, folder):
+        return Problem(shard.file, f"is a link to {path.resolve()}, expected a file in the datastore's folder")
+    if file_sha256(path) != shard.sha256:
+        return Problem(shard.file, "is damaged (its checksum is another); build the datastore again")
+    return None
+
+
+def _index_names(folder: Path) -> list[str]:
+    """Names that index files or descriptions of indexes have, in whatever state; what training left is no index yet."""
+    names = {path.stem for path in folder.glob("*.faiss")}
+    names |= {path.stem for path in folder.glob("*.json") if re.search(rb'"faiss_sha256":', path.read_bytes())}
+    return sorted(name for name in names if not name.endswith(".trained"))
+
+
+def _index_problems(folder: Path, name: str) -> list[Problem]:
+    index, description = folder / f"{name}.faiss", folder / f"{name}.json"
+    if not description.is_file():
+        return [Problem(description.name, f"is missing, so {index.name} is not whole; build the index again")]
+    try:
+        content = read_sealed(description)
+        wanted, datastore = content["faiss_sha256"], content["datastore_sha256"]
+    except (ValueError, KeyError, DatastoreError) as error:
+        return [Problem(description.name, f"is damaged ({error}); build the index again")]
+    problems = []
+    if datastore != file_sha256(folder / FILE_NAME):
+        problems.append(Problem(description.name, "belongs to another datastore; build the index again"))
+    if not index.is_file():
+        problems.append(Problem(index.name, "is missing; build the index again"))
+    elif file_sha256(index) != wanted:
+        problems.append(Problem(index.name, "is damaged (its checksum is another); build the index again"))
+    return problems

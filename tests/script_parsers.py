@@ -1,0 +1,38 @@
+"""The command lines of the scripts, parsed without running anything."""
+
+import io
+import runpy
+import sys
+from contextlib import redirect_stderr
+from functools import cache
+from pathlib import Path
+from unittest.mock import patch
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, capture_parser
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = tuple(sorted(path.name for path in ROOT.glob("*.py")))
+
+
+@cache
+def parser_of(script: str) -> ArgumentParser:
+    """The parser that a script at the top of the repository makes, seized before it parses."""
+    path = str(ROOT / script)
+    with patch.object(sys, "argv", [path]):
+        parser = capture_parser(runpy.run_path, path, run_name="__main__")
+    parser.exit_on_error = False
+    return parser
+
+
+def parse(script: str, args: list[str]) -> Namespace:
+    """The options of a command line.
+
+    Raises:
+        ArgumentError: The script does not take them.
+    """
+    messages = io.StringIO()
+    try:
+        with redirect_stderr(messages):
+            return parser_of(script).parse_args(args)
+    except SystemExit as error:  # the parser of a subcommand
+        raise ArgumentError(None, messages.getvalue().split("error: ")[-1]) from error

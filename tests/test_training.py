@@ -1,0 +1,530 @@
+"""Training: only what should change changes, the loss is the sum it claims to be, and resuming is exact."""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from lightning.pytorch.cli import LightningCLI
+from tiny_models import ENGLISH, GERMAN, TinyFamily
+from tiny_stores import corpus_pairs
+from torch import Tensor, nn
+from transformers import AutoModelForSeq2SeqLM
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+import train
+from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.data.datamodule import load_split
+from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.data.splits import write_splits
+from lightning_knnmt.training import Schedule, TranslationModule
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:LightningCLI.s args parameter", "ignore:Found .* in eval mode", "ignore:.*tied layer"
+)
+
+ROOT = Path(__file__).parent.parent
+FolderOf = Callable[[str], Path]
+PAIRS = corpus_pairs(48)
+SCHEDULE = Schedule(lr=1e-2, warmup_steps=1)
+LAST_BLOCK = {
+    "marian": ["decoder.layers.1.fc1", "decoder.layers.1.fc2", "decoder.layers.1.final_layer_norm", "lm_head"],
+    "m2m_100": ["decoder.layers.1.fc1", "decoder.layers.1.fc2", "decoder.layer_norm", "lm_head"],
+    "mbart": ["decoder.layers.1.fc1", "decoder.layers.1.fc2", "decoder.layer_norm", "lm_head"],
+    "t5": ["decoder.block.1.layer.2.DenseReluDense", "decoder.final_layer_norm", "lm_head"],
+    "fsmt": [
+        "decoder.layers.1.fc1",
+        "decoder.layers.1.fc2",
+        "decoder.layers.1.final_layer_norm",
+        "decoder.output_projection",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Options for a small corpus of several batches."""
+    folder = tmp_path_factory.mktemp("data")
+    write_splits(folder, {"train": PAIRS[:40], "validation": PAIRS[40:], "test": []}, {})
+    return [f"--data.train={folder}/train.jsonl", f"--data.validation={folder}/validation.jsonl"]
+
+
+@pytest.fixture(scope="module")
+def still_marian(tiny_folder_of: FolderOf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Marian model without dropout."""
+    folder = shutil.copytree(tiny_folder_of("marian_scratch"), tmp_path_factory.mktemp("still") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dropout": 0.0}))
+    return folder
+
+
+def fit(folder: Path, model: Path, data: list[str], *options: str, steps: int = 4) -> list[dict[str, float]]:
+    """Train by the command line and return the rows that were logged; the last weights are in `folder`/model."""
+    arguments = [
+        "fit",
+        f"--model.model={model}",
+        *("--model.schedule.lr=0.01", "--model.schedule.warmup_steps=1", "--data.max_tokens=100"),
+        *data,
+        *(f"--trainer.max_steps={steps}", "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1"),
+        *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
+        *("--trainer.num_sanity_val_steps=0", "--trainer.use_distributed_sampler=false", "--seed_everything=3"),
+        *("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}"),
+        *("--trainer.logger.name=", "--trainer.logger.version="),
+        *("--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={folder}/checkpoints"),
+        *("--trainer.callbacks.filename={step}", "--trainer.callbacks.every_n_train_steps=1"),
+        *("--trainer.callbacks.save_top_k=-1", "--trainer.callbacks+=lightning_knnmt.training.ExportBackbone"),
+        *(f"--trainer.callbacks.folder={folder}/model", "--trainer.callbacks.monitor=null"),
+        *options,
+    ]  # fmt: skip
+    train.main(arguments)
+    return logged(folder)
+
+
+def logged(folder: Path) -> list[dict[str, float]]:
+    with (folder / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def column(rows: list[dict[str, float]], name: str) -> list[float]:
+    return [row[name] for row in rows if name in row]
+
+
+def batch_of(backbone: Backbone) -> Batch:
+    return backbone.batch([pair.src for pair in PAIRS[40:]], [pair.tgt for pair in PAIRS[40:]])
+
+
+def logits_of(backbone: Backbone) -> Tensor:
+    with torch.inference_mode():
+        batch = batch_of(backbone)
+        return backbone.keys_and_logits(batch)[1][batch.target_mask]
+
+
+def languages_of(family: TinyFamily) -> list[str]:
+    return [f"--model.{option}={code}" for option, code in family.languages.items()]
+
+
+# ---- what is trained
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("trainable", ["last_block", "adapters"])
+def test_only_the_way_to_the_logits_changes_and_an_export_is_the_same_function(
+    tiny_name: str, tiny_folder: Path, tiny_family: TinyFamily, tmp_path: Path, trainable, tied: bool
+) -> None:
+    if trainable == "adapters":
+        pytest.importorskip("peft")
+    model = AutoModelForSeq2SeqLM.from_pretrained(tiny_folder)
+    if tied and tiny_name == "fsmt":
+        pytest.skip("its vocabularies differ")
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.tie_weights()
+    Backbone(str(tiny_folder), device="cpu", **tiny_family.languages).tokenizer.save_pretrained(tmp_path / "tied")
+    model.save_pretrained(tmp_path / "tied")
+    module = TranslationModule(str(tmp_path / "tied"), SCHEDULE, trainable=trainable, **tiny_family.languages)
+    module.backbone.eval()
+    original = Backbone(str(tmp_path / "tied"), device="cpu", **tiny_family.languages)
+    torch.testing.assert_close(logits_of(module.backbone), logits_of(original))
+
+    optimizer = module.configure_optimizers()["optimizer"]
+    module.train()
+    for _ in range(3):
+        states, labels = module.states(batch_of(module.backbone))
+        nn.functional.cross_entropy(module.backbone.project(states), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    module.eval()
+    module.backbone.save(tmp_path / "trained")
+
+    reloaded = Backbone(str(tmp_path / "trained"), device="cpu", **tiny_family.languages)
+    torch.testing.assert_close(logits_of(reloaded), logits_of(module.backbone), rtol=1e-4, atol=1e-4)
+    before = model.state_dict()
+    after = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "trained").state_dict()
+    assert before.keys() == after.keys()
+    changed = {name.rsplit(".", 1)[0] for name in before if not torch.equal(before[name], after[name])}
+    expected = LAST_BLOCK[model.config.model_type]
+    assert all(any(part in name for part in expected) for name in changed), changed
+    assert all(any(part in name for name in changed) for part in expected), changed
+
+
+def test_a_projection_stays_untied_over_two_rounds_of_saving(tiny_folder_of: FolderOf, tmp_path: Path) -> None:
+    backbone = Backbone(str(tiny_folder_of("t5")), device="cpu")
+    assert backbone.output_projection.weight is backbone.model.shared.weight
+    for number in range(2):
+        backbone.freeze_below_output()
+        with torch.no_grad():
+            backbone.output_projection.weight.add_(0.01)
+        backbone.save(tmp_path / str(number))
+        again = Backbone(str(tmp_path / str(number)), device="cpu")
+        torch.testing.assert_close(logits_of(again), logits_of(backbone.eval()), rtol=0, atol=0)
+        assert torch.equal(again.model.shared.weight, backbone.model.shared.weight)
+        backbone = again
+
+
+def test_frozen_layers_run_without_graph_and_dropout_and_the_last_block_with_both(tiny_folder_of: FolderOf) -> None:
+    languages = {"src_lang": "de", "tgt_lang": "en"}
+    module = TranslationModule(str(tiny_folder_of("m2m100")), SCHEDULE, trainable="last_block", **languages)
+    blocks = module.backbone.model.model.decoder.layers
+    heard: list[Tensor] = []
+    blocks[-1].register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    blocks[-1].fc1.register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0]))
+    module.eval()
+    module.train()  # what Lightning does around a validation
+    keys = [module.states(batch_of(module.backbone))[0] for _ in range(2)]
+    assert not any(states.requires_grad for states in heard) and keys[0].requires_grad
+    assert torch.equal(heard[0], heard[2]), "input of the last block"
+    assert not torch.equal(keys[0], keys[1])
+    module.eval()
+    assert torch.equal(module.states(batch_of(module.backbone))[0], module.states(batch_of(module.backbone))[0])
+
+
+def test_adapters_train_fewer_weights_than_the_layers_that_they_are_on(tiny_folder_of: FolderOf) -> None:
+    pytest.importorskip("peft")
+
+    def trained(trainable: Any) -> int:
+        module = TranslationModule(str(tiny_folder_of("marian")), SCHEDULE, trainable=trainable, adapter_rank=2)
+        return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+    width, inner, vocabulary = 24, 32, Backbone(str(tiny_folder_of("marian")), device="cpu").vocabulary_size
+    assert trained("last_block") == 2 * width * inner + inner + width + 2 * width + vocabulary * width
+    assert trained("adapters") == 2 * (2 * (width + inner) + width + vocabulary) + 2 * width
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gamma": -1.0}, "gamma is -1.0, expected 0 or more"),
+        ({"gamma": math.nan}, "gamma is nan, expected 0 or more"),
+        ({"trainable": "head"}, "trainable is 'head', expected one of all, last_block, adapters"),
+        ({"adapter_rank": 0}, "adapter_rank is 0, expected 1 or more"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0, expected 0 or more and less than 1"),
+    ],
+)
+def test_wrong_options_are_named(marian_folder: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TranslationModule(str(marian_folder), SCHEDULE, **options)
+
+
+def test_missing_peft_says_how_to_install_it(marian_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match="adapters need PEFT; install it with `pip install peft`"):
+        TranslationModule(str(marian_folder), SCHEDULE, trainable="adapters")
+
+
+# ---- the loss
+
+
+def test_losses_and_their_gradients_are_those_computed_by_hand(
+    still_marian: Path, data: list[str], tmp_path: Path
+) -> None:
+    gamma, smoothing = 2.5, 0.1
+    options = (
+        "--model.trainable=last_block",
+        "--model.dispersion=SphericalVariance",
+        f"--model.gamma={gamma}",
+        "--data.max_tokens=10000",
+    )
+    first = fit(tmp_path, still_marian, data, *options, steps=1)[0]
+    model = AutoModelForSeq2SeqLM.from_pretrained(still_marian).eval()
+    backbone = Backbone(str(still_marian), device="cpu")
+    batch = backbone.batch([pair.src for pair in PAIRS[:40]], [pair.tgt for pair in PAIRS[:40]])
+    assert batch.labels is not None
+    with torch.inference_mode():
+        output = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            output_hidden_states=True,
+        )
+    mask = batch.target_mask
+    logits, labels = output.logits[mask].double().numpy(), batch.labels[mask].numpy()
+    states = output.decoder_hidden_states[-1][mask].double().numpy()
+    n, vocabulary = logits.shape
+    probabilities = np.exp(logits - np.logaddexp.reduce(logits, axis=1, keepdims=True))
+    wanted = np.full((n, vocabulary), smoothing / vocabulary)
+    wanted[np.arange(n), labels] += 1 - smoothing
+    translation = -(wanted * np.log(probabilities)).sum() / n
+    translation_gradient = (probabilities - wanted) @ model.lm_head.weight.detach().double().numpy() / n
+    norms = np.linalg.norm(states, axis=1, keepdims=True)
+    unit = states / norms
+    mean = unit.mean(axis=0)
+    pull = mean / np.linalg.norm(mean)
+    dispersion_gradient = (pull - unit * (unit @ pull)[:, None]) / (n * norms)
+    assert first["train/translation_loss"] == pytest.approx(translation, rel=1e-4)
+    assert first["train/dispersion"] == pytest.approx(np.linalg.norm(mean), rel=1e-4)
+    assert first["train/loss"] == pytest.approx(translation + gamma * np.linalg.norm(mean), rel=1e-4)
+    assert first["train/translation_gradient"] == pytest.approx(np.linalg.norm(translation_gradient), rel=1e-3)
+    assert first["train/dispersion_gradient"] == pytest.approx(np.linalg.norm(dispersion_gradient), rel=1e-3)
+
+
+def test_gamma_0_trains_the_same_weights_as_no_dispersion_and_logs_it(
+    still_marian: Path, data: list[str], tmp_path: Path
+) -> None:
+    plain = fit(tmp_path / "plain", still_marian, data)
+    zero = fit(tmp_path / "zero", still_marian, data, "--model.dispersion=SphericalVariance", "--model.gamma=0")
+    assert column(zero, "train/loss") == column(plain, "train/loss") == column(zero, "train/translation_loss")
+    assert len(column(zero, "train/dispersion")) == 4 and not column(plain, "train/dispersion")
+    weights = [
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("plain", "zero")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_training_with_dispersion_spreads_keys_more_than_without(
+    still_marian: Path, data: list[str], tmp_path: Path
+) -> None:
+    options = ["--model.trainable=last_block", "--model.dispersion=SlicedDispersion", "--model.dispersion.circles=4"]
+    for gamma in (0, 10):
+        fit(tmp_path / str(gamma), still_marian, data, *options, f"--model.gamma={gamma}", steps=30)
+    lengths = []
+    for gamma in (0, 10):
+        backbone = Backbone(str(tmp_path / str(gamma) / "model"), device="cpu")
+        batch = batch_of(backbone)
+        with torch.inference_mode():
+            keys = backbone.keys(batch)[batch.target_mask].numpy()
+        lengths.append(np.linalg.norm((keys / np.linalg.norm(keys, axis=1, keepdims=True)).mean(axis=0)))
+    assert lengths[1] < 0.7 * lengths[0]
+
+
+# ---- precision, accumulation, processes
+
+
+def test_mixed_precision_trains_float32_weights_to_nearly_the_same_loss(
+    still_marian: Path, data: list[str], tmp_path: Path
+) -> None:
+    options = ("--model.trainable=last_block", "--model.dispersion=SphericalVariance")
+    full = fit(tmp_path / "full", still_marian, data, *options)
+    mixed = fit(tmp_path / "mixed", still_marian, data, *options, "--trainer.precision=bf16-mixed")
+    for name in ("train/loss", "train/dispersion", "val/loss", "train/translation_gradient"):
+        assert column(mixed, name) == pytest.approx(column(full, name), rel=0.05)
+        assert column(mixed, name) != column(full, name)
+    weights = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "mixed" / "model").state_dict()
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+@pytest.fixture(scope="module")
+def even_data(still_marian: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], int]:
+    """Options for eight pairs with as many tokens each, so that batches of four and of eight weigh all the same."""
+    folder = tmp_path_factory.mktemp("even")
+    backbone = Backbone(str(still_marian), device="cpu")
+    alike: dict[tuple[int, int], list[Pair]] = {}
+    for number in range(200):
+        pair = Pair(f"{number % 9} {GERMAN[number % 7]}", f"{number % 5} {ENGLISH[number % 7]}")
+        (src,), (tgt,) = backbone.tokenize([pair.src], [pair.tgt])
+        alike.setdefault((len(src), len(tgt)), []).append(pair)
+    lengths, pairs = max(alike.items(), key=lambda item: len(set(item[1])))
+    pairs = sorted(set(pairs), key=str)[:8]
+    assert len(pairs) == 8
+    write_splits(folder, {"train": pairs, "validation": pairs, "test": []}, {})
+    return [f"--data.train={folder}/train.jsonl", f"--data.validation={folder}/validation.jsonl"], max(lengths)
+
+
+def test_two_accumulated_batches_are_one_of_twice_the_size(
+    still_marian: Path, even_data: tuple[list[str], int], tmp_path: Path
+) -> None:
+    data, length = even_data
+    whole = fit(tmp_path / "whole", still_marian, data, f"--data.max_tokens={8 * length}")
+    halves = ("--trainer.accumulate_grad_batches=2", f"--data.max_tokens={4 * length}")
+    accumulated = fit(tmp_path / "halves", still_marian, data, *halves)
+    assert column(accumulated, "val/loss")[-1] == pytest.approx(column(whole, "val/loss")[-1], rel=1e-3)
+    assert max(column(accumulated, "step")) == max(column(whole, "step")) == 3
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_batches_of_twice_the_size(
+    still_marian: Path, even_data: tuple[list[str], int], tmp_path: Path
+) -> None:
+    data, length = even_data
+    data = [*data, "--model.trainable=last_block"]
+    whole = fit(tmp_path / "whole", still_marian, data, f"--data.max_tokens={8 * length}")
+    script = (
+        "import sys; sys.path.insert(0, 'tests'); from pathlib import Path; from test_training import fit\n"
+        "folder, model, *options = sys.argv[1:]; fit(Path(folder), Path(model), options)"
+    )
+    (tmp_path / "fit.py").write_text(script)
+    parallel = (
+        *("--trainer.strategy=ddp", "--trainer.devices=2", f"--data.max_tokens={4 * length}"),
+        *("--data.validation_max_tokens=50", "--trainer.callbacks+=lightning_knnmt.training.IndexHealth"),
+        *("--trainer.callbacks.nlist=2", "--trainer.callbacks.max_keys=1000"),
+    )
+    subprocess.run(
+        [sys.executable, str(tmp_path / "fit.py"), str(tmp_path / "two"), str(still_marian), *data, *parallel],
+        check=True, timeout=300, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    rows = logged(tmp_path / "two")
+    assert column(rows, "val/loss")[-1] == pytest.approx(column(whole, "val/loss")[-1], rel=1e-3)
+    pairs = load_split(Path(data[1].removeprefix("--data.validation=")))
+    targets = Backbone(str(still_marian), device="cpu").tokenize([""] * 8, [pair.tgt for pair in pairs])[1]
+    entries = sum(map(len, targets))
+    scanned, imbalance = column(rows, "val/codes_scanned")[-1], column(rows, "val/imbalance_factor")[-1]
+    assert scanned == pytest.approx(entries * imbalance, rel=1e-4), "keys of both processes, both lists probed"
+    assert Backbone(str(tmp_path / "two" / "model"), device="cpu").key_size == 24
+
+
+# ---- checkpoints
+
+
+@pytest.mark.parametrize("resumed_at", [6, 8], ids=["between epochs", "within an epoch"])
+@pytest.mark.parametrize("trainable", ["all", "last_block", "adapters"])
+def test_a_resumed_run_is_the_run_that_was_not_interrupted(
+    tiny_folder_of: FolderOf, data: list[str], tmp_path: Path, trainable: str, resumed_at: int
+) -> None:
+    if trainable == "adapters":
+        pytest.importorskip("peft")
+    options = [f"--model.trainable={trainable}", "--model.dispersion=SlicedDispersion"]
+    model = tiny_folder_of("marian_scratch")
+    whole = fit(tmp_path / "whole", model, data, *options, steps=14)
+    assert [row["epoch"] for row in whole if "train/loss" in row] == [0] * 6 + [1] * 6 + [2] * 2
+    resume = f"--ckpt_path={tmp_path}/whole/checkpoints/step={resumed_at}.ckpt"
+    rest = fit(tmp_path / "rest", model, data, *options, resume, steps=14)
+    for name in ("train/loss", "train/dispersion"):
+        assert len(set(column(whole, name))) == 14
+        assert column(rest, name) == column(whole, name)[resumed_at:]
+    weights = [
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name / "model").state_dict() for name in ("whole", "rest")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_checkpoints_of_plain_training_made_before_there_was_dispersion_resume(
+    tiny_folder_of: FolderOf, data: list[str], tmp_path: Path
+) -> None:
+    model = tiny_folder_of("marian_scratch")
+    fit(tmp_path / "whole", model, data, steps=2)
+    path = tmp_path / "whole" / "checkpoints" / "step=1.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    plain = AutoModelForSeq2SeqLM.from_pretrained(model)
+    assert list(checkpoint["state_dict"]) == [f"backbone.model.{name}" for name in plain.state_dict()]
+    parameters = [weights for name, weights in plain.named_parameters() if "embed_positions" not in name]
+    moments = checkpoint["optimizer_states"][0]["state"]
+    assert sorted(moments) == list(range(1, len(parameters))), "the shared embedding has no part in an untied model"
+    assert all(moments[number]["exp_avg"].shape == parameters[number].shape for number in moments)
+    for name in ("trainable", "adapter_rank", "dispersion", "gamma"):
+        del checkpoint["hyper_parameters"][name]
+    torch.save(checkpoint, path)
+    rows = fit(tmp_path / "rest", model, data, f"--ckpt_path={path}", steps=3)
+    assert column(rows, "step")[0] == 1 and len(column(rows, "train/loss")) == 2
+
+
+# ---- configurations
+
+
+def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the command line reads, without loading a model."""
+    configs = []
+    monkeypatch.setattr(LightningCLI, "instantiate_classes", lambda self: configs.append(self.config[self.subcommand]))
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: None)
+    train.main(arguments)
+    return configs[0]
+
+
+DISPERSION_CONFIGS = sorted((ROOT / "configs" / "dispersion").glob("*.yaml"))
+
+
+def variants(path: Path) -> list[list[str]]:
+    """The options of each variant that a configuration's comments tell of."""
+    found = re.findall(r"^#   [^\n-][^\n]*?  +(--[^(\n]+)", path.read_text(), re.MULTILINE)
+    return [line.split() for line in found]
+
+
+def test_the_base_configuration_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parsed(["fit", "--config", str(ROOT / "configs" / "base.yaml")], monkeypatch)
+    assert (config.model.trainable, config.model.dispersion) == ("all", None)
+    assert config.model.schedule.max_steps == config.trainer.max_steps
+
+
+@pytest.mark.parametrize("path", DISPERSION_CONFIGS, ids=lambda path: path.stem)
+def test_dispersion_configurations_and_their_variants_are_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parsed(["fit", "--config", str(path)], monkeypatch)
+    assert config.model.trainable == "last_block" and config.model.gamma == 1
+    assert config.model.schedule.max_steps == config.trainer.max_steps <= 5000
+    assert len(variants(path)) == 7
+    for options in variants(path):
+        other = parsed(["fit", "--config", str(path), *options], monkeypatch)
+        assert other != config, options
+
+
+def test_every_regulariser_is_named_as_a_variant() -> None:
+    named = (ROOT / "configs" / "dispersion" / "pretix.yaml").read_text()
+    from lightning_knnmt import dispersion
+
+    concrete = [
+        name for name, value in vars(dispersion).items()
+        if isinstance(value, type) and issubclass(value, dispersion.Dispersion) and not value.__abstractmethods__
+    ]  # fmt: skip
+    assert len(concrete) == 9
+    assert [name for name in concrete if name not in named] == []
+
+
+def test_the_pretix_configuration_trains_a_folder_that_loads(
+    tiny_folder_of: FolderOf, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    short = (
+        "--trainer.max_steps=3",
+        "--model.schedule.max_steps=300",
+        "--model.schedule.decay_steps=0",
+        "--data.max_tokens=100",
+    )
+    small = ("--trainer.callbacks.init_args.nlist=4", "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1")
+    config = yaml.safe_load((ROOT / "configs" / "dispersion" / "pretix.yaml").read_text())
+    config["trainer"]["callbacks"][0]["init_args"]["nlist"] = 4
+    Path("pretix.yaml").write_text(yaml.safe_dump(config))
+    train.main(["fit", "--config=pretix.yaml", f"--model.model={tiny_folder_of('marian')}", *data, *short, *small[1:]])
+    exported = Backbone("runs/dispersion/pretix/model", device="cpu")
+    assert not torch.equal(logits_of(exported), logits_of(Backbone(str(tiny_folder_of("marian")), device="cpu")))
+    rows = logged(Path("runs/dispersion/pretix/lightning_logs/version_0"))
+    assert len(column(rows, "train/dispersion")) == 3 and len(column(rows, "val/imbalance_factor")) == 1
+    assert list(Path("runs/dispersion/pretix").rglob("val_list_sizes_*.png"))
+
+
+# ---- sweeps
+
+SWEEP = yaml.safe_load((ROOT / "configs" / "sweeps" / "dispersion.yaml").read_text())
+
+
+def sweep_command(**chosen: Any) -> list[str]:
+    """The command line that W&B's agent makes of the sweep file; what is not chosen has its first value."""
+    values = {name: chosen.get(name, options["values"][0]) for name, options in SWEEP["parameters"].items()}
+    flags = create_sweep_command_args({"args": {name: {"value": value} for name, value in values.items()}})["args"]
+    macros = {"${env}": [], "${interpreter}": [sys.executable], "${program}": [SWEEP["program"]], "${args}": flags}
+    return [word for part in create_sweep_command(list(SWEEP["command"])) for word in macros.get(part, [part])]
+
+
+@pytest.mark.parametrize("name", SWEEP["parameters"])
+def test_every_value_of_the_sweep_makes_a_command_line_that_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    seen = []
+    for value in SWEEP["parameters"][name]["values"]:
+        config = parsed(sweep_command(**{name: value})[2:], monkeypatch)
+        seen.append(str([config.model.gamma, config.model.dispersion, config.model.schedule.lr]))
+    assert len(set(seen)) == len(SWEEP["parameters"][name]["values"])
+
+
+@pytest.mark.slow
+def test_a_command_of_the_sweep_runs_and_logs_to_wandb(
+    tiny_folder_of: FolderOf, data: list[str], tmp_path: Path
+) -> None:
+    options = (
+        "--trainer.max_steps=2",
+        "--trainer.accelerator=cpu",
+        "--trainer.callbacks.nlist=4",
+        "--data.max_tokens=100",
+    )
+    command = [*sweep_command(), f"--model.model={tiny_folder_of('marian')}", *data, *options]
+    command += [f"--trainer.logger.save_dir={tmp_path}", f"--trainer.default_root_dir={tmp_path}"]
+    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, timeout=300, cwd=ROOT, env=environment)
+    (run,) = (tmp_path / "wandb").glob("offline-run-*")
+    assert list(run.glob("*.wandb"))
