@@ -2,12 +2,13 @@
 
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_knnmt.training import ResumableDataModule, TranslationModule
+from lightning_knnmt.data.datamodule import TranslationDataModule
+from lightning_knnmt.training import TranslationModule
 
 
 def main(args: list[str] | None = None) -> None:
     """Run Lightning's command line: fit, validate, test or predict."""
-    LightningCLI(TranslationModule, ResumableDataModule, args=args, save_config_kwargs={"overwrite": True})
+    LightningCLI(TranslationModule, TranslationDataModule, args=args, save_config_kwargs={"overwrite": True})
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_knnmt.backbone import Batch, collate
 from lightning_knnmt.data.batching import TokenBudgetSampler
 from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.data.resuming import ResumableBatches
 
 if TYPE_CHECKING:
     from lightning_knnmt.training import TranslationModule
@@ -104,9 +105,9 @@ class TranslationDataModule(L.LightningDataModule):
     def _collate(self, items: list[tuple[list[int], list[int]]]) -> Batch:
         return collate([src for src, _ in items], [tgt for _, tgt in items], self._pad_id)
 
-    def train_dataloader(self) -> DataLoader[tuple[list[int], list[int]]]:
-        """Shuffled batches of the training split."""
-        return self._loader("train", self.max_tokens, shuffle=True)
+    def train_dataloader(self) -> ResumableBatches:
+        """Shuffled batches of the training split, of which a resumed run sees each once."""
+        return ResumableBatches(self._loader("train", self.max_tokens, shuffle=True))
 
     def val_dataloader(self) -> DataLoader[tuple[list[int], list[int]]]:
         """Batches of the validation split, shortest first."""

@@ -3,7 +3,6 @@
 from lightning_knnmt.training.callbacks import ExportBackbone
 from lightning_knnmt.training.index_health import IndexHealth
 from lightning_knnmt.training.module import TranslationModule
-from lightning_knnmt.training.resuming import ResumableDataModule
 from lightning_knnmt.training.schedule import Schedule
 
-__all__ = ["ExportBackbone", "IndexHealth", "ResumableDataModule", "Schedule", "TranslationModule"]
+__all__ = ["ExportBackbone", "IndexHealth", "Schedule", "TranslationModule"]

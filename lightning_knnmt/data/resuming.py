@@ -6,7 +6,6 @@ from itertools import islice
 from torch.utils.data import DataLoader
 
 from lightning_knnmt.backbone import Batch
-from lightning_knnmt.data.datamodule import TranslationDataModule
 
 
 class ResumableBatches:
@@ -41,19 +40,3 @@ class ResumableBatches:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Begin the next iteration after as many batches; after all of them, it is a new epoch."""
         self._skip = state["batches"] % len(self)
-
-
-class ResumableDataModule(TranslationDataModule):
-    """`TranslationDataModule` with training batches that a resumed run sees exactly once.
-
-    Args:
-        train: Training split, a file written by `prepare_data.py`.
-        validation: Validation split.
-        max_tokens: Most tokens of a training batch on either side, padding counted.
-        validation_max_tokens: The same for validation batches.
-        seed: Seed of the order of training batches.
-    """
-
-    def train_dataloader(self) -> ResumableBatches:  # type: ignore[override]
-        """Shuffled batches of the training split."""
-        return ResumableBatches(super().train_dataloader())
