@@ -3,12 +3,16 @@ REQUIREMENTS ?= requirements.txt
 BIN := .venv/bin
 export OMP_WAIT_POLICY := PASSIVE
 
+INSTALLED := .venv/installed-$(REQUIREMENTS)
+
 .PHONY: install test demo benchmark-libreoffice base clean
 
-install: .venv/installed
+install: $(INSTALLED)
 
-.venv/installed: $(REQUIREMENTS) requirements-common.txt
-	$(PYTHON) -m venv .venv
+# A new environment for other requirements: FAISS's CPU and GPU builds must not lie in one.
+$(INSTALLED): $(REQUIREMENTS) requirements-common.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/pip install -q -r $(REQUIREMENTS)
 	# COMET's pins exclude the libraries above; without them it runs (see docs/architecture.md)
 	$(BIN)/pip install -q --no-deps unbabel-comet==2.2.7 entmax==1.3

@@ -1,6 +1,10 @@
-"""Build a datastore and its index: ``python build_index.py --config configs/demo/build.yaml``."""
+"""Build a datastore and its index: ``python build_index.py --config configs/demo/build.yaml``.
+
+``python build_index.py verify --folder runs/demo/store`` checks every file of one against its checksum.
+"""
 
 import logging
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -8,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.cli import peak_memory_mb, run_script
-from lightning_knnmt.datastore import Datastore, DatastoreConfig, build_datastore
+from lightning_knnmt.cli import log_cut, peak_memory_mb, run_script
+from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError, build_datastore
+from lightning_knnmt.datastore.verify import verify
 from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, write_json
 from lightning_knnmt.index import IndexConfig, IndexReport, build_index, open_index
 
@@ -48,7 +53,8 @@ def build(backbone: Backbone, datastore: DatastoreConfig, index: IndexConfig = I
     if record != read_build(folder):
         write_json(folder / BUILD_FILE, record)
     _log_report(report, None if sizes is None else _spread(sizes))
-    log.info("peak memory %d MB", peak_memory_mb())
+    log.info("peak memory %s MB", peak_memory_mb())
+    log_cut(backbone)
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
@@ -70,5 +76,23 @@ def _log_report(report: IndexReport, spread: dict[str, int] | None) -> None:
     log.info("imbalance factor %.2f, homogeneity %.3f", report.imbalance_factor, report.homogeneity)
 
 
+def verify_datastore(folder: Path) -> None:
+    """Check every file of a datastore and of its indexes against the checksums taken when they were written.
+
+    Args:
+        folder: The datastore.
+
+    Raises:
+        DatastoreError: Something is missing or was changed since.
+    """
+    problems = verify(folder)
+    if problems:
+        raise DatastoreError(f"{folder} is damaged: {'; '.join(map(str, problems))}; build it again")
+    log.info("%s is whole", folder)
+
+
 if __name__ == "__main__":
-    run_script(build)
+    if sys.argv[1:2] == ["verify"]:
+        run_script(verify_datastore, sys.argv[2:])
+    else:
+        run_script(build)

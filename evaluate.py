@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.cli import peak_memory_mb, run_script
+from lightning_knnmt.cli import log_cut, peak_memory_mb, run_script
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.datastore import Provenance
@@ -28,7 +28,7 @@ from lightning_knnmt.evaluation.report import (
     write_text,
 )
 from lightning_knnmt.evaluation.scores import paired_bootstrap
-from lightning_knnmt.evaluation.tuning import Tune, check_apart, tune
+from lightning_knnmt.evaluation.tuning import Tune, check_apart, count_stored, tune
 from lightning_knnmt.explanation import explain, explanation_lines
 from lightning_knnmt.plots import plot_list_sizes
 from lightning_knnmt.search import KnnSearch, KnnSettings, open_search
@@ -73,8 +73,7 @@ def evaluate(
     tuned = None
     with open_search(backbone, datastore, index) as search:
         manifest = search.datastore.manifest
-        if file_sha256(test.path) in manifest.corpus_sha256.split("+"):
-            log.warning("the datastore was built from the test split %s: its scores mean nothing", test.path)
+        stored = count_stored(search.datastore, {"test": pairs, "validation": validation})
         if tuning is not None:
             tuned = tune(search, validation, tuning.grid, decoding)
             knn = tuned.best
@@ -106,8 +105,10 @@ def evaluate(
                 "validation": None if tuning is None else _split_json(tuning.validation, validation),
                 "model": asdict(Provenance.of(backbone)) | {"dtype": _dtype(backbone)},
                 "datastore": {"folder": datastore, "index": index} | asdict(manifest),
+                "sources_in_datastore": stored,
                 **environment(backbone.device),
             },
+            "cut_texts": backbone.cut_texts,
             "peak_memory_mb": peak_memory,
         }
         table = markdown_table(systems, significance)
@@ -119,6 +120,7 @@ def evaluate(
         if sizes is not None:
             plot_list_sizes({search.report.factory: sizes}, out / "cluster_sizes.png")
         _show_examples(search, knn, decoding, pairs, systems, examples)
+    log_cut(backbone)
     log.info("\n%s\n\n%s\n\nwritten to %s", table, settings_line(results) + note, out / "results.json")
 
 
@@ -172,9 +174,9 @@ def _most_improved(systems: dict[str, SystemResult], references: list[str]) -> l
 
 def translate_config(backbone: Backbone, datastore: Path, index: str, knn: KnnSettings, decoding: Decoding) -> str:
     """A configuration with which `translate.py` uses the same settings."""
-    languages = {"src_lang": backbone.src_lang, "tgt_lang": backbone.tgt_lang}
+    inputs = {name: getattr(backbone, name) for name in ("src_lang", "tgt_lang", "src_prefix")}
     config = {
-        "backbone": {"model": backbone.name, "key_type": backbone.key_type, **languages, "dtype": _dtype(backbone)},
+        "backbone": {"model": backbone.name, "key_type": backbone.key_type, **inputs, "dtype": _dtype(backbone)},
         "datastore": str(datastore),
         "index": index,
         "knn": asdict(knn),

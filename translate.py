@@ -75,7 +75,7 @@ def decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
     """
     for number, line in enumerate(lines, start=1):
         try:
-            yield line.decode().rstrip("\r\n")
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
         except UnicodeDecodeError as error:
             raise ValueError(
                 f"{name}, line {number}: byte {error.start + 1} is 0x{line[error.start]:02x}, expected UTF-8; "

@@ -9,8 +9,11 @@ from typing import Any
 from jsonargparse import auto_cli
 from transformers.utils import logging as transformers_logging
 
+from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.data.recipes import FetchError
 from lightning_knnmt.datastore import DatastoreError
+
+log = logging.getLogger(__name__)
 
 USER_ERROR = 2  # as jsonargparse exits for options that it does not know
 _EXPECTED = (DatastoreError, FetchError, ImportError, OSError, ValueError)
@@ -43,19 +46,29 @@ def run_script(function: Callable[..., Any], args: list[str] | None = None) -> N
         sys.exit(USER_ERROR)
 
 
-def peak_memory_mb() -> int:
-    """The most memory that this process has held so far, in MB."""
-    import resource  # not on Windows
+def log_cut(backbone: Backbone) -> None:
+    """Say how many texts were longer than the model's positions, if any."""
+    if backbone.cut_texts:
+        log.warning(
+            "%d texts in all were cut to the %s positions of the model", backbone.cut_texts, backbone.position_limit
+        )
 
+
+def peak_memory_mb() -> int | None:
+    """The most memory that this process has held so far, in MB; None on Windows, which does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
 
 
 def _log_to_stderr() -> None:
     """Show this package's log; Hugging Face's libraries show their own."""
-    log = logging.getLogger("lightning_knnmt")
-    log.setLevel(logging.INFO)
+    package = logging.getLogger("lightning_knnmt")
+    package.setLevel(logging.INFO)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
-    log.handlers[:] = [handler]
+    package.handlers[:] = [handler]
     transformers_logging.disable_progress_bar()

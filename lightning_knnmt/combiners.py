@@ -1,5 +1,6 @@
 """How the model's prediction and the neighbors' are mixed."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,8 +38,8 @@ class FixedCombiner:
     def __post_init__(self) -> None:
         if not 0 <= self.lambda_ <= 1:
             raise ValueError(f"lambda_ is {self.lambda_}, expected 0 to 1")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}, expected more than 0")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}, expected more than 0 and finite")
 
     @property
     def needs_neighbors(self) -> bool:

@@ -109,6 +109,9 @@ class Translator:
         decoding: Beam size, batch size and length.
         retriever: Where neighbors come from; None: the plain model.
         combiner: How they are mixed in.
+
+    Raises:
+        ValueError: Only one of retriever and combiner is given, or the model has too few positions for the decoding.
     """
 
     def __init__(
@@ -120,6 +123,12 @@ class Translator:
     ) -> None:
         if (retriever is None) != (combiner is None):
             raise ValueError("retriever and combiner belong together: give both, or neither for the plain model")
+        limit = backbone.position_limit
+        if limit is not None and decoding.max_new_tokens > limit:
+            raise ValueError(
+                f"max_new_tokens is {decoding.max_new_tokens}, but {backbone.name} has {limit} positions; "
+                f"expected at most {limit}"
+            )
         self.backbone, self.decoding, self.retriever, self.combiner = backbone, decoding, retriever, combiner
 
     def translate(self, sources: Sequence[str]) -> Translations:
@@ -132,14 +141,15 @@ class Translator:
             numbers = order[start : start + self.decoding.batch_size]
             with spans.span("decode"):
                 batch = self.backbone.batch([sources[number] for number in numbers])
-                sequences = self._generate(batch, spans)
+                sequences = self.generate(batch, spans)
             decoded = self.backbone.tokenizer.batch_decode(sequences, skip_special_tokens=True)
             tokens += self._count(sequences)
             for number, text in zip(numbers, decoded, strict=True):
                 texts[number] = text
         return Translations(texts, tokens, spans.seconds["decode"], spans)
 
-    def _generate(self, batch: Batch, spans: Spans) -> Tensor:
+    def generate(self, batch: Batch, spans: Spans) -> Tensor:
+        """Token ids of the translations of a batch, shape (B, 1 + T); the first is the decoder's start."""
         if self.retriever is None or self.combiner is None:
             mixing: Any = nullcontext()
         else:

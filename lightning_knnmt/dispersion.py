@@ -66,7 +66,21 @@ class Dispersion(nn.Module, ABC):
         return ", ".join(f"{k}={v!r}" for k, v in self.configuration["init_args"].items())
 
 
-class SlicedDispersion(Dispersion):
+class GreatCircleDispersion(Dispersion):
+    """Base of the losses that average over great circles.
+
+    Args:
+        circles: Great circles drawn for each batch.
+        reduction: "mean" over the tokens, or "sum".
+    """
+
+    def __init__(self, circles: int = 1, reduction: F.Reduction = "mean") -> None:
+        super().__init__(reduction)
+        check_at_least("circles", circles, 1)
+        self.circles = circles
+
+
+class SlicedDispersion(GreatCircleDispersion):
     """Sliced dispersion on random great circles: `functional.dispersion.sliced_dispersion`.
 
     Args:
@@ -74,28 +88,18 @@ class SlicedDispersion(Dispersion):
         reduction: "mean" over the tokens, or "sum".
     """
 
-    def __init__(self, circles: int = 1, reduction: F.Reduction = "mean") -> None:
-        super().__init__(reduction)
-        check_at_least("circles", circles, 1)
-        self.circles = circles
-
     def loss(self, points: Tensor) -> Tensor:
         """Scalar loss of raw vectors of shape (N, D)."""
         return F.sliced_dispersion(points, self.circles, reduction=self.reduction)
 
 
-class AxisAlignedSlicedDispersion(Dispersion):
+class AxisAlignedSlicedDispersion(GreatCircleDispersion):
     """Sliced dispersion on random coordinate pairs: `functional.dispersion.axis_aligned_sliced_dispersion`.
 
     Args:
         circles: Coordinate pairs drawn for each batch.
         reduction: "mean" over the tokens, or "sum".
     """
-
-    def __init__(self, circles: int = 1, reduction: F.Reduction = "mean") -> None:
-        super().__init__(reduction)
-        check_at_least("circles", circles, 1)
-        self.circles = circles
 
     def loss(self, points: Tensor) -> Tensor:
         """Scalar loss of raw vectors of shape (N, D)."""

@@ -8,7 +8,7 @@ import torch
 
 from lightning_knnmt.combiners import FixedCombiner
 from lightning_knnmt.datastore import StoredContext
-from lightning_knnmt.decoding import Decoding, knn_decoding
+from lightning_knnmt.decoding import Decoding
 from lightning_knnmt.functional.knn import knn_log_weights
 from lightning_knnmt.search import KnnSearch, KnnSettings
 from lightning_knnmt.timing import Spans
@@ -82,13 +82,10 @@ def explain(search: KnnSearch, settings: KnnSettings, decoding: Decoding, source
     """
     backbone = search.backbone
     batch = backbone.batch([source])
+    labels = search.translator(settings, decoding).generate(batch, Spans())[:, 1:]  # [1, 1 + T] -> [1, T]
     retriever = search.retriever(settings.k, settings.nprobe)
+    retriever.begin(batch)
     combiner = FixedCombiner(settings.lambda_, settings.temperature)
-    with knn_decoding(backbone, retriever, combiner, Spans()):
-        sequences = backbone.generate(
-            batch, num_beams=decoding.beams, max_new_tokens=decoding.max_new_tokens, **decoding.options
-        )
-    labels = sequences[:, 1:]  # [1, 1 + T] -> [1, T]; the decoder's start is no prediction
     keys, logits = backbone.keys_and_logits(replace(batch, labels=labels))
     tokens = labels[0]
     neighbors = retriever.retrieve(keys[0])

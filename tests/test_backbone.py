@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from transformers import AutoModelForSeq2SeqLM, GPT2Config
 
 from lightning_knnmt.backbone import IGNORED, Backbone, Batch
 
+ROOT = Path(__file__).parents[1]
 FolderOf = Callable[[str], Path]
 KEY_TYPES = ["decoder_output", "ffn_input"]
 
@@ -233,6 +237,32 @@ def test_fingerprints_are_equal_for_a_copy(tiny_backbone: Backbone, tiny_folder:
     assert copy.tokenizer_fingerprint == tiny_backbone.tokenizer_fingerprint
 
 
+def test_a_hub_name_loads_what_its_folder_holds_and_an_unknown_one_is_named(marian_folder: Path, tmp_path: Path):
+    cached, revision = tmp_path / "hub" / "models--somebody--marian", "0123456789abcdef" * 2 + "01234567"
+    shutil.copytree(marian_folder, cached / "snapshots" / revision)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(revision)
+    script = (
+        "import sys; from lightning_knnmt.backbone import Backbone\n"
+        "backbone = Backbone(sys.argv[1], device='cpu')\n"
+        "print(backbone.name, backbone.model_fingerprint, backbone.tokenizer_fingerprint)\n"
+        "try: Backbone('somebody/else')\n"
+        "except OSError as error: print(error)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
+        environment.pop(variable, None)
+    done = subprocess.run(
+        [sys.executable, "-c", script, "somebody/marian"],
+        check=True, timeout=120, cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    folder = Backbone(str(marian_folder), device="cpu")
+    loaded, *message = done.stdout.splitlines()
+    assert loaded.split() == ["somebody/marian", folder.model_fingerprint, folder.tokenizer_fingerprint]
+    expected = "model 'somebody/else' is no folder with a config.json here, and the hub gave none of that name: "
+    assert "\n".join(message).startswith(expected)
+
+
 def test_one_changed_weight_changes_the_model_fingerprint(marian_folder: Path, tmp_path: Path):
     folder = shutil.copytree(marian_folder, tmp_path / "copy")
     weights = load_file(folder / "model.safetensors")
@@ -241,6 +271,25 @@ def test_one_changed_weight_changes_the_model_fingerprint(marian_folder: Path, t
     before, after = (Backbone(str(path), device="cpu") for path in (marian_folder, folder))
     assert after.model_fingerprint != before.model_fingerprint
     assert after.tokenizer_fingerprint == before.tokenizer_fingerprint
+
+
+def test_another_configuration_of_the_same_weights_changes_the_model_fingerprint(marian_folder: Path, tmp_path: Path):
+    changed = Path(shutil.copytree(marian_folder, tmp_path / "changed"))
+    config = json.loads((changed / "config.json").read_text())
+    config["transformers_version"] = "4.0.0"
+    (changed / "config.json").write_text(json.dumps(config))
+    before = Backbone(str(marian_folder), device="cpu").model_fingerprint
+    assert Backbone(str(changed), device="cpu").model_fingerprint == before
+    config["scale_embedding"] = not config["scale_embedding"]
+    (changed / "config.json").write_text(json.dumps(config))
+    assert Backbone(str(changed), device="cpu").model_fingerprint != before
+
+
+def test_a_prefix_stands_before_every_source_and_no_target(marian_folder: Path):
+    plain = Backbone(str(marian_folder), device="cpu")
+    prefixed = Backbone(str(marian_folder), device="cpu", src_prefix="Der Drucker: ")
+    expected = plain.tokenize([f"Der Drucker: {text}" for text in GERMAN], ENGLISH)
+    assert prefixed.tokenize(GERMAN, ENGLISH) == expected
 
 
 @pytest.mark.parametrize(

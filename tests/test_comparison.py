@@ -114,7 +114,7 @@ def test_repeats_that_differ_are_reported_and_even_the_warm_up_counts(caplog: py
 
 
 def test_nothing_to_compare_is_refused(marian: Backbone):
-    translators = {"base": Translator(marian, Decoding())}
+    translators = {"base": Translator(marian, Decoding(max_new_tokens=16))}
     with pytest.raises(ValueError, match="the test split is empty, expected one pair or more"):
         run_systems(translators, [])
     with pytest.raises(ValueError, match="repeats is 0, expected 1 or more"):

@@ -357,3 +357,10 @@ def test_labels_are_ignored_where_they_are_padding(marian: Backbone, marian_stor
     assert batch.labels is not None and (batch.labels == IGNORED).any()
     with mixing(marian, DatastoreRetriever(marian_store, open_index(marian_store), 3), 0.5, batch):
         assert marian.generate(batch, num_beams=2).equal(marian.generate(marian.batch(SOURCES), num_beams=2))
+
+
+def test_more_tokens_than_positions_are_refused(marian: Backbone) -> None:
+    assert marian.position_limit is not None
+    Translator(marian, Decoding(max_new_tokens=marian.position_limit))
+    with pytest.raises(ValueError, match=rf"max_new_tokens is 256, but .* has {marian.position_limit} positions"):
+        Translator(marian, Decoding(max_new_tokens=256))

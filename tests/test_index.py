@@ -213,6 +213,14 @@ def test_a_damaged_index_does_not_open_and_is_built_again(
     assert len(open_index(store)) == ENTRIES
 
 
+def test_an_index_of_a_datastore_that_was_built_anew_meanwhile_is_refused(store: Datastore, tmp_path: Path) -> None:
+    write_store(tmp_path / "other", KEYS[::-1], VALUES[::-1]).close()
+    (tmp_path / "other" / "manifest.json").replace(store.folder / "manifest.json")
+    with pytest.raises(DatastoreError, match=r"store was built anew after it was opened; open it again"):
+        build_index(store, IndexConfig("Flat"))
+    assert not list(store.folder.glob("*.faiss*"))
+
+
 def test_an_index_that_is_not_there_is_refused(store: Datastore, tmp_path: Path) -> None:
     with pytest.raises(DatastoreError, match=r"has no index called 'other'; build it with build_index.py"):
         open_index(store, "other")

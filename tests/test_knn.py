@@ -92,17 +92,15 @@ def test_softmax_of_mixed_logits_is_the_mixture(lambda_: float, in_place: bool) 
         assert given.equal(logits)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("lambda_", [0.2, 0.7, 1.0])
-def test_mixture_of_half_precision_logits_is_right_within_their_precision(
-    dtype: torch.dtype, tolerance: float, lambda_: float
-) -> None:
+def test_mixture_of_half_precision_logits_is_as_exact_as_that_of_float32(dtype: torch.dtype, lambda_: float) -> None:
     neighbors = make_neighbors(6)
     logits = (4 * torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(6))).to(dtype)
     mixed = FixedCombiner(lambda_, 10.0)(logits, neighbors)
-    assert mixed.dtype == dtype
+    assert mixed.dtype == torch.float32
     expected = mixture_by_hand(logits.float(), neighbors, 10.0, lambda_)
-    np.testing.assert_allclose(mixed.double().softmax(1).numpy(), expected, rtol=tolerance, atol=1e-6)
+    np.testing.assert_allclose(mixed.double().softmax(1).numpy(), expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("lambda_", [0.3, 0.9, 1.0])
@@ -155,7 +153,7 @@ def test_lambda_outside_of_0_to_1_is_refused(lambda_: float) -> None:
         FixedCombiner(lambda_=lambda_)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -2.0, math.nan])
-def test_temperature_of_0_or_less_is_refused(temperature: float) -> None:
+@pytest.mark.parametrize("temperature", [0.0, -2.0, math.nan, math.inf])
+def test_temperature_of_0_or_less_or_without_end_is_refused(temperature: float) -> None:
     with pytest.raises(ValueError, match=rf"temperature is {temperature}, expected more than 0"):
         FixedCombiner(temperature=temperature)

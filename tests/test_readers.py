@@ -321,23 +321,33 @@ def test_malformed_po_entry_stops_or_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("malformed", ["error", "skip"])
 @pytest.mark.parametrize(
-    "content",
+    ("content", "reason"),
     [
-        b"no catalog",
-        PO_HEADER.encode() + b'msgid "a"\nmsgstr "\xff"\n',
-        PO_HEADER.encode() + b'msgid "a"\nmsgstr "abgeschnit',
-        b'msgstr "Anfang fehlt"\n',
+        (b"no catalog", "Syntax error"),
+        (PO_HEADER.encode() + b'msgid "a"\nmsgstr "\xff"\n', "'utf-8' codec can't decode"),
+        (PO_HEADER.encode() + b'msgid "a"\nmsgstr "abgeschnit', r"line \d: a string without its closing quote"),
+        (b'msgstr "Anfang fehlt"\n', "Syntax error"),
     ],
 )
-def test_broken_po_is_always_refused(tmp_path: Path, content: bytes, malformed: Any) -> None:
+def test_broken_po_is_always_refused(tmp_path: Path, content: bytes, reason: str, malformed: Any) -> None:
     path = write(tmp_path / "c.po", content)
-    with pytest.raises(MalformedCorpusError, match=rf"{re.escape(str(path))}: not a readable gettext \.po file"):
+    message = rf"{re.escape(str(path))}: not a readable gettext \.po file \(.*{reason}"
+    with pytest.raises(MalformedCorpusError, match=message):
         list(read_pairs(CorpusFile(path, malformed=malformed)))
 
 
 @pytest.mark.parametrize("malformed", ["error", "skip"])
-@pytest.mark.parametrize("damage", ["garbage", "empty", "short", "huge count", "latin-1"])
-def test_broken_mo_is_always_refused(tmp_path: Path, damage: str, malformed: Any) -> None:
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        ("garbage", "no magic number 0x950412de at its start"),
+        ("empty", "0 bytes, a header has 20"),
+        ("short", "a string reaches past the end of the file"),
+        ("huge count", "a table of 4294967295 strings reaches past the end of the file"),
+        ("latin-1", "'utf-8' codec can't decode"),
+    ],
+)
+def test_broken_mo_is_always_refused(tmp_path: Path, damage: str, reason: str, malformed: Any) -> None:
     path = tmp_path / "c.mo"
     polib.pofile(PO).save_as_mofile(str(path))
     data = path.read_bytes()
@@ -349,7 +359,8 @@ def test_broken_mo_is_always_refused(tmp_path: Path, damage: str, malformed: Any
         "latin-1": data.replace(b"Dateien", b"Datei\xe4n"),
     }[damage]
     write(path, damaged)
-    with pytest.raises(MalformedCorpusError, match=rf"{re.escape(str(path))}: not a readable gettext \.mo file"):
+    message = rf"{re.escape(str(path))}: not a readable gettext \.mo file \({reason}"
+    with pytest.raises(MalformedCorpusError, match=message):
         list(read_pairs(CorpusFile(path, malformed=malformed)))
 
 

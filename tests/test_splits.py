@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,19 @@ def test_texts_of_gives_both_sides_of_every_pair(tmp_path: Path) -> None:
 def test_a_missing_exclude_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"exclude names .*none\.jsonl, which does not exist; prepare that"):
         list(texts_of([tmp_path / "none.jsonl"]))
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", "7", '{"tgt": "b"}', '{"src": "a"}', '{"src": null, "tgt": "b"}'])
+def test_an_excluded_line_without_both_texts_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "other.jsonl"
+    file.write_text('{"src": "A", "tgt": "B"}\n' + line + "\n")
+    found = texts_of([file])
+    assert [next(found), next(found)] == ["a", "b"]
+    message = (
+        rf"other\.jsonl:2: expected a JSON object with the texts src and tgt, found {re.escape(repr(line))}; exclude"
+    )
+    with pytest.raises(ValueError, match=message):
+        next(found)
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"src": "a"}', '{"src": "a", "tgt": "b", "score": 1}', ""])

@@ -16,11 +16,12 @@ from transformers import AutoModelForSeq2SeqLM
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.decoding import Decoding
+from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.scores import corpus_scores
 from lightning_knnmt.evaluation.tuning import (
     Grid,
     check_apart,
+    count_stored,
     default_temperatures,
     likelihoods,
     reference_states,
@@ -245,3 +246,19 @@ def test_an_empty_validation_split_is_refused(search: KnnSearch):
 def test_a_grid_without_sense_is_refused(options: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):
         Grid(**options)
+
+
+def test_sources_that_the_datastore_holds_are_counted_and_warned_of(
+    store: Datastore, caplog: pytest.LogCaptureFixture
+) -> None:
+    stored = [Pair(source.upper() + "  ", "") for source in list(store.sources())[:2]]
+    assert len(list(store.sources())) == store.manifest.pairs
+    assert count_stored(store, {"test": VALIDATION + stored, "validation": VALIDATION}) == {"test": 2, "validation": 0}
+    assert f"2 of {len(VALIDATION) + 2} test sources are in the datastore too" in caplog.text
+    assert "validation sources" not in caplog.text
+
+
+def test_the_plain_models_bleu_is_reported_beside_the_finalists(search: KnnSearch, marian: Backbone) -> None:
+    tuning = tune(search, VALIDATION, GRID, DECODING)
+    texts = Translator(marian, DECODING).translate([pair.src for pair in VALIDATION]).texts
+    assert tuning.plain_bleu == corpus_scores(texts, [pair.tgt for pair in VALIDATION]).bleu.value

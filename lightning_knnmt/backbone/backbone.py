@@ -37,6 +37,7 @@ class Backbone(nn.Module):
         tgt_lang: Language code of the target, for multilingual models; decoding begins with it.
         dtype: Type of the weights.
         device: `auto`: the GPU if there is one.
+        src_prefix: Put before every source, such as T5's `translate German to English: `.
 
     Attributes:
         cut_texts: How many texts were longer than the model's positions so far.
@@ -55,6 +56,7 @@ class Backbone(nn.Module):
         tgt_lang: str | None = None,
         dtype: Dtype = "float32",
         device: str = "auto",
+        src_prefix: str = "",
     ) -> None:
         super().__init__()
         if key_type not in get_args(KeyType):
@@ -64,6 +66,7 @@ class Backbone(nn.Module):
         self.name = str(model)
         self.key_type: KeyType = key_type
         self.src_lang, self.tgt_lang = src_lang, tgt_lang
+        self.src_prefix = src_prefix
         try:
             config = AutoConfig.from_pretrained(model)
         except OSError as error:
@@ -122,6 +125,7 @@ class Backbone(nn.Module):
 
         Texts longer than the model's positions are cut, counted in `cut_texts`, and reported once.
         """
+        sources = [self.src_prefix + text for text in sources]
         source_ids, cut = token_ids(self.tokenizer, "text", sources, self.position_limit)
         if targets is None:
             self._count_cut(cut, len(sources))

@@ -38,32 +38,36 @@ def _last_block(model: Any) -> Any:
     return model.model.decoder.layers[-1]
 
 
-def _two_layers(model: Any) -> list[nn.Module]:
-    return [_last_block(model).fc1, _last_block(model).fc2]
+def _last_blocks_norm(model: Any) -> Any:
+    return _last_block(model).final_layer_norm
+
+
+def _norm_behind_blocks(model: Any) -> Any:
+    return model.model.decoder.layer_norm
+
+
+def _like_bart(
+    final_norm: Callable[[Any], nn.Module],
+    output_projection: Callable[[Any], nn.Module] = lambda model: model.lm_head,
+    time_first: bool = False,
+    tokenizer: Any = AutoTokenizer,
+) -> Family:
+    """A family whose decoder blocks are those of BART, with the feed-forward layers `fc1` and `fc2`."""
+    return Family(
+        output_projection=output_projection,
+        feed_forward=lambda model: _last_block(model).fc1,
+        last_block=_last_block,
+        feed_forward_layers=lambda model: [_last_block(model).fc1, _last_block(model).fc2],
+        final_norm=final_norm,
+        time_first=time_first,
+        tokenizer=tokenizer,
+    )
 
 
 FAMILIES: dict[str, Family] = {
-    "marian": Family(
-        output_projection=lambda model: model.lm_head,
-        feed_forward=lambda model: _last_block(model).fc1,
-        last_block=_last_block,
-        feed_forward_layers=_two_layers,
-        final_norm=lambda model: _last_block(model).final_layer_norm,
-    ),
-    "m2m_100": Family(
-        output_projection=lambda model: model.lm_head,
-        feed_forward=lambda model: _last_block(model).fc1,
-        last_block=_last_block,
-        feed_forward_layers=_two_layers,
-        final_norm=lambda model: model.model.decoder.layer_norm,
-    ),
-    "mbart": Family(
-        output_projection=lambda model: model.lm_head,
-        feed_forward=lambda model: _last_block(model).fc1,
-        last_block=_last_block,
-        feed_forward_layers=_two_layers,
-        final_norm=lambda model: model.model.decoder.layer_norm,
-    ),
+    "marian": _like_bart(final_norm=_last_blocks_norm),
+    "m2m_100": _like_bart(final_norm=_norm_behind_blocks),
+    "mbart": _like_bart(final_norm=_norm_behind_blocks),
     "t5": Family(
         output_projection=lambda model: model.lm_head,
         feed_forward=lambda model: model.decoder.block[-1].layer[-1].DenseReluDense,
@@ -73,12 +77,9 @@ FAMILIES: dict[str, Family] = {
         ],
         final_norm=lambda model: model.decoder.final_layer_norm,
     ),
-    "fsmt": Family(
+    "fsmt": _like_bart(
+        final_norm=_last_blocks_norm,
         output_projection=lambda model: model.model.decoder.output_projection,
-        feed_forward=lambda model: _last_block(model).fc1,
-        last_block=_last_block,
-        feed_forward_layers=_two_layers,
-        final_norm=lambda model: _last_block(model).final_layer_norm,
         time_first=True,
         tokenizer=FSMTTokenizer,
     ),

@@ -10,8 +10,12 @@ from transformers.utils import cached_file
 _PROBE = "Straße, naïve Œuvre — 3.14 % of “Ünïcödé”\tİstanbul ﬁn 你好"
 
 
+# What config.json says about a model's history and its use, not about its function.
+_NOT_FUNCTION = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+
+
 def model_fingerprint(model: str) -> str:
-    """SHA-256 over the weight files of a model, whether a folder or a hub name that has been loaded before.
+    """SHA-256 over the weights and the configuration of a model: a folder, or a hub name that has been loaded before.
 
     Raises:
         FileNotFoundError: There are no weight files.
@@ -20,7 +24,9 @@ def model_fingerprint(model: str) -> str:
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:
         raise FileNotFoundError(f"{folder} has neither *.safetensors nor pytorch_model*.bin files to fingerprint")
-    digest = hashlib.sha256()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    function = {name: value for name, value in config.items() if name not in _NOT_FUNCTION}
+    digest = hashlib.sha256(json.dumps(function, sort_keys=True).encode())
     for file in files:
         with file.open("rb") as content:
             while piece := content.read(1 << 20):

@@ -156,12 +156,30 @@ def _write_beside(file: Path, content: bytes, beside: dict[Path, Path]) -> None:
 
 
 def texts_of(files: Iterable[Path]) -> Iterator[str]:
-    """Source and target texts, as `source_key` writes them, of split files."""
+    """Source and target texts, as `source_key` writes them, of split files.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        ValueError: A line is no JSON object with the texts src and tgt.
+    """
     for file in files:
         if not file.exists():
             raise FileNotFoundError(f"exclude names {file}, which does not exist; prepare that corpus first")
         with file.open(encoding="utf-8") as lines:
-            for line in lines:
-                record = json.loads(line)
-                yield source_key(record["src"])
-                yield source_key(record["tgt"])
+            for number, line in enumerate(lines, start=1):
+                for text in _sides(line, f"{file}:{number}"):
+                    yield source_key(text)
+
+
+def _sides(line: str, where: str) -> tuple[str, str]:
+    try:
+        record = json.loads(line)
+        src, tgt = record["src"], record["tgt"]
+        if not (isinstance(src, str) and isinstance(tgt, str)):
+            raise TypeError("src and tgt are no texts")
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{where}: expected a JSON object with the texts src and tgt, found {line.strip()[:80]!r}; "
+            "exclude names files written by prepare_data.py"
+        ) from error
+    return src, tgt

@@ -65,6 +65,7 @@ class Provenance:
         key_size: D.
         src_lang: Language code of the source, if the model needs one.
         tgt_lang: Language code of the target, if the model needs one.
+        src_prefix: What was put before every source.
     """
 
     model: str
@@ -74,6 +75,7 @@ class Provenance:
     key_size: int
     src_lang: str | None
     tgt_lang: str | None
+    src_prefix: str = ""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -91,6 +93,7 @@ class Provenance:
             key_size=backbone.key_size,
             src_lang=backbone.src_lang,
             tgt_lang=backbone.tgt_lang,
+            src_prefix=backbone.src_prefix,
         )
 
     def differences(self, other: "Provenance") -> list[str]:
@@ -98,7 +101,7 @@ class Provenance:
         found = []
         if self.model_sha256 != other.model_sha256:
             found.append(f"model {_model(self)} against {_model(other)}")
-        for name in ("tokenizer_sha256", "key_type", "key_size", "src_lang", "tgt_lang"):
+        for name in ("tokenizer_sha256", "key_type", "key_size", "src_lang", "tgt_lang", "src_prefix"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 label = name.removesuffix("_sha256")

@@ -122,6 +122,11 @@ class Datastore:
     def _pair_starts(self) -> list[NDArray[np.int64]]:
         return [np.cumsum(np.concatenate([[0], file["lengths"][:]])) for file in self._files]
 
+    def sources(self) -> Iterator[str]:
+        """The source text of every stored pair."""
+        for file in self._files:
+            yield from file["src"].asstr()[:]
+
     def check(self, backbone: Backbone) -> None:
         """Refuse a model whose states cannot be compared with the stored keys.
 

@@ -3,7 +3,7 @@
 import itertools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,7 +16,8 @@ from lightning_knnmt.data.batching import token_budget_batches
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.data.splits import source_key
-from lightning_knnmt.decoding import Decoding
+from lightning_knnmt.datastore import Datastore
+from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.scores import corpus_scores
 from lightning_knnmt.functional.knn import knn_log_weights
 from lightning_knnmt.search import KnnSearch, KnnSettings
@@ -116,6 +117,7 @@ class Tuning:
     Attributes:
         best: The chosen setting.
         plain_log_likelihood: That of the plain model, per token.
+        plain_bleu: The plain model's BLEU.
         finalists: The settings that BLEU decided between, best first.
         tried: How many settings were compared by likelihood.
         tokens: Reference tokens that the likelihoods are means of.
@@ -123,6 +125,7 @@ class Tuning:
 
     best: KnnSettings
     plain_log_likelihood: float
+    plain_bleu: float
     finalists: tuple[Candidate, ...]
     tried: int
     tokens: int
@@ -145,6 +148,19 @@ def check_apart(validation: Sequence[Pair], test: Sequence[Pair]) -> None:
             f"{len(shared)} of {len(validation)} validation sources are in the test split too, such as "
             f"{shared[0][:80]!r}; expected none, since settings must not be chosen on test sentences"
         )
+
+
+def count_stored(datastore: Datastore, splits: Mapping[str, Sequence[Pair]]) -> dict[str, int]:
+    """How many sources of each split the datastore holds too, case and white space aside; any are warned of."""
+    stored = {source_key(source) for source in datastore.sources()}
+    counts = {name: sum(source_key(pair.src) in stored for pair in pairs) for name, pairs in splits.items()}
+    for name, count in counts.items():
+        if count:
+            log.warning(
+                "%d of %d %s sources are in the datastore too: their scores say nothing of unseen text",
+                count, len(splits[name]), name,
+            )  # fmt: skip
+    return counts
 
 
 @torch.inference_mode()
@@ -252,20 +268,31 @@ def tune(search: KnnSearch, pairs: Sequence[Pair], grid: Grid, decoding: Decodin
         for lambda_ in grid.lambda_
     ]
     of_each_share.sort(key=lambda candidate: -candidate.log_likelihood)
+    plain = float(states.log_probs.double().mean())
+    plain_bleu = _bleu(Translator(search.backbone, decoding), pairs)
+    log.info("plain model: log-likelihood %.3f, BLEU %.2f", plain, plain_bleu)
     finalists = []
     for candidate in of_each_share[: grid.finalists]:
-        texts = search.translator(candidate.settings, decoding).translate([pair.src for pair in pairs]).texts
-        bleu = corpus_scores(texts, [pair.tgt for pair in pairs]).bleu.value
+        bleu = _bleu(search.translator(candidate.settings, decoding), pairs)
         log.info("%s: log-likelihood %.3f, BLEU %.2f", candidate.settings, candidate.log_likelihood, bleu)
         finalists.append(Candidate(candidate.settings, candidate.log_likelihood, bleu))
     finalists.sort(key=lambda candidate: -(candidate.bleu or 0.0))
-    plain = float(states.log_probs.double().mean())
     if best <= plain:
         log.warning("no setting predicts the references better (%.3f) than the plain model (%.3f)", best, plain)
+    if (finalists[0].bleu or 0.0) <= plain_bleu:
+        log.warning(
+            "no setting translates better (BLEU %.2f) than the plain model (%.2f)", finalists[0].bleu, plain_bleu
+        )
     return Tuning(
         best=finalists[0].settings,
         plain_log_likelihood=plain,
+        plain_bleu=plain_bleu,
         finalists=tuple(finalists),
         tried=len(candidates),
         tokens=len(states.tokens),
     )
+
+
+def _bleu(translator: Translator, pairs: Sequence[Pair]) -> float:
+    texts = translator.translate([pair.src for pair in pairs]).texts
+    return corpus_scores(texts, [pair.tgt for pair in pairs]).bleu.value

@@ -70,16 +70,15 @@ def mix_logits(logits: Tensor, values: Tensor, log_probs: Tensor, lambda_: float
         values: Retrieved token ids, shape (R, K).
         log_probs: log p_kNN of each retrieved token as `neighbor_log_probs` gives it, shape (R, K).
         lambda_: λ in [0, 1].
-        in_place: Write into `logits`; over a large vocabulary a copy costs more than the mixing.
+        in_place: Write into `logits` if they are float32; over a large vocabulary a copy costs more than the mixing.
 
     Returns:
-        Shape (R, V), in the type of `logits`.
+        Shape (R, V), float32: half precision would round the mixture by some percent.
     """
     if lambda_ == 0:
         return logits
-    if not in_place:
-        logits = logits.clone()
-    before = logits.gather(1, values).float()  # [R, K]
+    logits = logits.clone() if logits.dtype == torch.float32 and not in_place else logits.float()
+    before = logits.gather(1, values)  # [R, K]
     if lambda_ == 1:
         found = log_probs.isfinite().any(1, keepdim=True)  # [R, 1]
         logits.masked_fill_(found, -math.inf)
@@ -87,10 +86,10 @@ def mix_logits(logits: Tensor, values: Tensor, log_probs: Tensor, lambda_: float
     else:
         shift = math.log(lambda_) - math.log1p(-lambda_)
         retrieved = torch.logaddexp(before, _logsumexp(logits) + shift + log_probs.float())
-    return logits.scatter_(1, values, retrieved.to(logits.dtype))
+    return logits.scatter_(1, values, retrieved)
 
 
 def _logsumexp(logits: Tensor) -> Tensor:
     """Shape (R, V) -> (R, 1), float32; on a CPU in blocks of rows whose temporaries stay in its cache."""
     rows = max(1, 2**19 // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
-    return torch.cat([torch.logsumexp(block.float(), 1, keepdim=True) for block in logits.split(rows)])
+    return torch.cat([torch.logsumexp(block, 1, keepdim=True) for block in logits.split(rows)])

@@ -61,7 +61,7 @@ def build_index(datastore: Datastore, config: IndexConfig) -> IndexReport:
         index = _trained(index, datastore, training, path, spans)
         with spans.span("add"), tqdm(total=len(datastore), desc="add", unit=" keys", unit_scale=True) as progress:
             for keys in datastore.key_chunks(config.chunk):
-                index.add(keys.astype("float32"))
+                _add(index, training.factory, keys.astype(np.float32))
                 progress.update(len(keys))
         built = FaissIndex(index)
         with spans.span("write"):
@@ -71,6 +71,15 @@ def build_index(datastore: Datastore, config: IndexConfig) -> IndexReport:
         report.save(_description(path))
         remove_trained(path)
     return report
+
+
+def _add(index: faiss.Index, factory: str, keys: NDArray[np.float32]) -> None:
+    try:
+        index.add(keys)
+    except RuntimeError as error:
+        raise ValueError(
+            f"factory is {factory!r}, to which FAISS cannot add keys in their order ({error}); leave out IDMap"
+        ) from error
 
 
 def open_index(datastore: Datastore, name: str = "index") -> FaissIndex:
