@@ -1,12 +1,16 @@
-"""Tiny models of every family, made once per session."""
+"""Tiny models of every family, and a domain made with one of them, each made once per session."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from tiny_models import TINY_FAMILIES, TinyFamily
 
 from lightning_knnmt.backbone import Backbone
+
+if TYPE_CHECKING:
+    from script_runs import Domain
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +55,17 @@ def tiny_backbone(tiny_folder: Path, tiny_family: TinyFamily) -> Backbone:
 def marian_folder(tiny_folder_of: Callable[[str], Path]) -> Path:
     """The folder of a tiny Marian model as init_model.py makes them; read only."""
     return tiny_folder_of("marian_scratch")
+
+
+@pytest.fixture(scope="session")
+def backbone(tiny_folder_of: Callable[[str], Path]) -> Backbone:
+    """A backbone on the tiny Marian model, whose keys go into datastores."""
+    return Backbone(str(tiny_folder_of("marian")), device="cpu")
+
+
+@pytest.fixture(scope="session")
+def domain(marian_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> "Domain":
+    """What the scripts make of a small corpus."""
+    from script_runs import make_domain  # here: it imports every script
+
+    return make_domain(tmp_path_factory.mktemp("domain"), marian_folder)

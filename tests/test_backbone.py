@@ -387,17 +387,3 @@ def test_keys_need_labels(tiny_backbone: Backbone):
     for ask in (tiny_backbone.keys, tiny_backbone.keys_and_logits, lambda batch: batch.target_mask):
         with pytest.raises(ValueError, match="the batch has no labels, expected a batch made with target texts"):
             ask(batch)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("key_type", KEY_TYPES)
-def test_keys_on_the_gpu_are_close_to_those_on_the_cpu(tiny_folder: Path, tiny_family: TinyFamily, key_type):
-    cpu = Backbone(str(tiny_folder), key_type, device="cpu", **tiny_family.languages)
-    gpu = Backbone(str(tiny_folder), key_type, **tiny_family.languages)
-    assert gpu.device.type == "cuda"
-    with torch.inference_mode():
-        batch = cpu.batch(GERMAN, ENGLISH)
-        keys = gpu.keys(gpu.batch(GERMAN, ENGLISH)).cpu()
-        torch.testing.assert_close(keys[batch.target_mask], cpu.keys(batch)[batch.target_mask], rtol=1e-3, atol=1e-3)
-    assert gpu.generate(gpu.batch(GERMAN)).device.type == "cuda"

@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -222,3 +223,12 @@ def test_an_empty_split_is_named(tmp_path: Path, model: str, data: TranslationDa
 def test_the_length_of_a_pair_is_that_of_its_longer_side() -> None:
     pairs = TokenizedPairs([[1, 2, 3], [4]], [[5], [6, 7]])
     assert (pairs.lengths, len(pairs), pairs[1]) == ([3, 2], 2, ([4], [6, 7]))
+
+
+def test_padding_of_the_builders_batches_is_under_5_percent() -> None:
+    rng = np.random.default_rng(1)
+    lengths = np.clip(np.round(rng.lognormal(3.0, 0.7, 40_000)), 2, 250).astype(int)  # mean 25, as sentences are
+    batches = token_budget_batches(lengths.tolist(), 8192)
+    padded = sum(len(batch) * max(lengths[item] for item in batch) for batch in batches)
+    assert 1 - lengths.sum() / padded < 0.05
+    assert max(len(batch) * max(lengths[item] for item in batch) for batch in batches) <= 8192

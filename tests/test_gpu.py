@@ -1,4 +1,4 @@
-"""What is built, tuned and explained on a GPU is what the CPU builds, tunes and explains."""
+"""What is computed, built, tuned and explained on a GPU is what the CPU computes, builds, tunes and explains."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_models import ENGLISH, GERMAN, TinyFamily
 from tiny_stores import build_store, corpus_pairs
 
 from lightning_knnmt.backbone import Backbone
@@ -44,6 +45,18 @@ def store(on_cpu: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     with build_store(on_cpu, tmp_path_factory.mktemp("gpu") / "store", PAIRS, 100) as store:
         build_index(store, IndexConfig("IVF4,Flat", train_points=160))
         yield store
+
+
+@pytest.mark.parametrize("key_type", ["decoder_output", "ffn_input"])
+def test_keys_on_the_gpu_are_close_to_those_on_the_cpu(tiny_folder: Path, tiny_family: TinyFamily, key_type):
+    cpu = Backbone(str(tiny_folder), key_type, device="cpu", **tiny_family.languages)
+    gpu = Backbone(str(tiny_folder), key_type, **tiny_family.languages)
+    assert gpu.device.type == "cuda"
+    with torch.inference_mode():
+        batch = cpu.batch(GERMAN, ENGLISH)
+        keys = gpu.keys(gpu.batch(GERMAN, ENGLISH)).cpu()
+        torch.testing.assert_close(keys[batch.target_mask], cpu.keys(batch)[batch.target_mask], rtol=1e-3, atol=1e-3)
+    assert gpu.generate(gpu.batch(GERMAN)).device.type == "cuda"
 
 
 def test_a_datastore_and_index_built_on_the_gpu_are_those_of_the_cpu(

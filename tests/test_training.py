@@ -1,10 +1,8 @@
 """Training: only what should change changes, the loss is the sum it claims to be, and resuming is exact."""
 
-import csv
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,28 +13,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
-from lightning.pytorch.cli import LightningCLI
 from tiny_models import ENGLISH, GERMAN, TinyFamily
-from tiny_stores import corpus_pairs
 from torch import Tensor, nn
+from training_runs import PAIRS, ROOT, batch_of, column, data_options, fit, logged, logits_of
 from transformers import AutoModelForSeq2SeqLM
-from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-import train
-from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.data.datamodule import load_split
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.data.splits import write_splits
 from lightning_knnmt.training import Schedule, TranslationModule
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:LightningCLI.s args parameter", "ignore:Found .* in eval mode", "ignore:.*tied layer"
 )
 
-ROOT = Path(__file__).parent.parent
 FolderOf = Callable[[str], Path]
-PAIRS = corpus_pairs(48)
 SCHEDULE = Schedule(lr=1e-2, warmup_steps=1)
 LAST_BLOCK = {
     "marian": ["decoder.layers.1.fc1", "decoder.layers.1.fc2", "decoder.layers.1.final_layer_norm", "lm_head"],
@@ -55,9 +46,7 @@ LAST_BLOCK = {
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Options for a small corpus of several batches."""
-    folder = tmp_path_factory.mktemp("data")
-    write_splits(folder, {"train": PAIRS[:40], "validation": PAIRS[40:], "test": []}, {})
-    return [f"--data.train={folder}/train.jsonl", f"--data.validation={folder}/validation.jsonl"]
+    return data_options(tmp_path_factory.mktemp("data"), PAIRS[:40], PAIRS[40:])
 
 
 @pytest.fixture(scope="module")
@@ -67,51 +56,6 @@ def still_marian(tiny_folder_of: FolderOf, tmp_path_factory: pytest.TempPathFact
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "dropout": 0.0}))
     return folder
-
-
-def fit(folder: Path, model: Path, data: list[str], *options: str, steps: int = 4) -> list[dict[str, float]]:
-    """Train by the command line and return the rows that were logged; the last weights are in `folder`/model."""
-    arguments = [
-        "fit",
-        f"--model.model={model}",
-        *("--model.schedule.lr=0.01", "--model.schedule.warmup_steps=1", "--data.max_tokens=100"),
-        *data,
-        *(f"--trainer.max_steps={steps}", "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1"),
-        *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
-        *("--trainer.num_sanity_val_steps=0", "--trainer.use_distributed_sampler=false", "--seed_everything=3"),
-        *("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}"),
-        *("--trainer.logger.name=", "--trainer.logger.version="),
-        *("--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={folder}/checkpoints"),
-        *("--trainer.callbacks.filename={step}", "--trainer.callbacks.every_n_train_steps=1"),
-        *("--trainer.callbacks.save_top_k=-1", "--trainer.callbacks+=lightning_knnmt.training.ExportBackbone"),
-        *(f"--trainer.callbacks.folder={folder}/model", "--trainer.callbacks.monitor=null"),
-        *options,
-    ]  # fmt: skip
-    train.main(arguments)
-    return logged(folder)
-
-
-def logged(folder: Path) -> list[dict[str, float]]:
-    with (folder / "metrics.csv").open() as file:
-        return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-
-
-def column(rows: list[dict[str, float]], name: str) -> list[float]:
-    return [row[name] for row in rows if name in row]
-
-
-def batch_of(backbone: Backbone) -> Batch:
-    return backbone.batch([pair.src for pair in PAIRS[40:]], [pair.tgt for pair in PAIRS[40:]])
-
-
-def logits_of(backbone: Backbone) -> Tensor:
-    with torch.inference_mode():
-        batch = batch_of(backbone)
-        return backbone.keys_and_logits(batch)[1][batch.target_mask]
-
-
-def languages_of(family: TinyFamily) -> list[str]:
-    return [f"--model.{option}={code}" for option, code in family.languages.items()]
 
 
 # ---- what is trained
@@ -326,8 +270,7 @@ def even_data(still_marian: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     lengths, pairs = max(alike.items(), key=lambda item: len(set(item[1])))
     pairs = sorted(set(pairs), key=str)[:8]
     assert len(pairs) == 8
-    write_splits(folder, {"train": pairs, "validation": pairs, "test": []}, {})
-    return [f"--data.train={folder}/train.jsonl", f"--data.validation={folder}/validation.jsonl"], max(lengths)
+    return data_options(folder, pairs, pairs), max(lengths)
 
 
 def test_two_accumulated_batches_are_one_of_twice_the_size(
@@ -349,7 +292,7 @@ def test_two_processes_train_as_one_with_batches_of_twice_the_size(
     data = [*data, "--model.trainable=last_block"]
     whole = fit(tmp_path / "whole", still_marian, data, f"--data.max_tokens={8 * length}")
     script = (
-        "import sys; sys.path.insert(0, 'tests'); from pathlib import Path; from test_training import fit\n"
+        "import sys; sys.path.insert(0, 'tests'); from pathlib import Path; from training_runs import fit\n"
         "folder, model, *options = sys.argv[1:]; fit(Path(folder), Path(model), options)"
     )
     (tmp_path / "fit.py").write_text(script)
@@ -415,116 +358,3 @@ def test_checkpoints_of_plain_training_made_before_there_was_dispersion_resume(
     torch.save(checkpoint, path)
     rows = fit(tmp_path / "rest", model, data, f"--ckpt_path={path}", steps=3)
     assert column(rows, "step")[0] == 1 and len(column(rows, "train/loss")) == 2
-
-
-# ---- configurations
-
-
-def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What the command line reads, without loading a model."""
-    configs = []
-    monkeypatch.setattr(LightningCLI, "instantiate_classes", lambda self: configs.append(self.config[self.subcommand]))
-    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, subcommand: None)
-    train.main(arguments)
-    return configs[0]
-
-
-DISPERSION_CONFIGS = sorted((ROOT / "configs" / "dispersion").glob("*.yaml"))
-
-
-def variants(path: Path) -> list[list[str]]:
-    """The options of each variant that a configuration's comments tell of."""
-    found = re.findall(r"^#   [^\n-][^\n]*?  +(--[^(\n]+)", path.read_text(), re.MULTILINE)
-    return [line.split() for line in found]
-
-
-def test_the_base_configuration_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = parsed(["fit", "--config", str(ROOT / "configs" / "base.yaml")], monkeypatch)
-    assert (config.model.trainable, config.model.dispersion) == ("all", None)
-    assert config.model.schedule.max_steps == config.trainer.max_steps
-
-
-@pytest.mark.parametrize("path", DISPERSION_CONFIGS, ids=lambda path: path.stem)
-def test_dispersion_configurations_and_their_variants_are_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = parsed(["fit", "--config", str(path)], monkeypatch)
-    assert config.model.trainable == "last_block" and config.model.gamma == 1
-    assert config.model.schedule.max_steps == config.trainer.max_steps <= 5000
-    assert len(variants(path)) == 7
-    for options in variants(path):
-        other = parsed(["fit", "--config", str(path), *options], monkeypatch)
-        assert other != config, options
-
-
-def test_every_regulariser_is_named_as_a_variant() -> None:
-    named = (ROOT / "configs" / "dispersion" / "pretix.yaml").read_text()
-    from lightning_knnmt import dispersion
-
-    concrete = [
-        name for name, value in vars(dispersion).items()
-        if isinstance(value, type) and issubclass(value, dispersion.Dispersion) and not value.__abstractmethods__
-    ]  # fmt: skip
-    assert len(concrete) == 9
-    assert [name for name in concrete if name not in named] == []
-
-
-def test_the_pretix_configuration_trains_a_folder_that_loads(
-    tiny_folder_of: FolderOf, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    short = (
-        "--trainer.max_steps=3",
-        "--model.schedule.max_steps=300",
-        "--model.schedule.decay_steps=0",
-        "--data.max_tokens=100",
-    )
-    small = ("--trainer.callbacks.init_args.nlist=4", "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1")
-    config = yaml.safe_load((ROOT / "configs" / "dispersion" / "pretix.yaml").read_text())
-    config["trainer"]["callbacks"][0]["init_args"]["nlist"] = 4
-    Path("pretix.yaml").write_text(yaml.safe_dump(config))
-    train.main(["fit", "--config=pretix.yaml", f"--model.model={tiny_folder_of('marian')}", *data, *short, *small[1:]])
-    exported = Backbone("runs/dispersion/pretix/model", device="cpu")
-    assert not torch.equal(logits_of(exported), logits_of(Backbone(str(tiny_folder_of("marian")), device="cpu")))
-    rows = logged(Path("runs/dispersion/pretix/lightning_logs/version_0"))
-    assert len(column(rows, "train/dispersion")) == 3 and len(column(rows, "val/imbalance_factor")) == 1
-    assert list(Path("runs/dispersion/pretix").rglob("val_list_sizes_*.png"))
-
-
-# ---- sweeps
-
-SWEEP = yaml.safe_load((ROOT / "configs" / "sweeps" / "dispersion.yaml").read_text())
-
-
-def sweep_command(**chosen: Any) -> list[str]:
-    """The command line that W&B's agent makes of the sweep file; what is not chosen has its first value."""
-    values = {name: chosen.get(name, options["values"][0]) for name, options in SWEEP["parameters"].items()}
-    flags = create_sweep_command_args({"args": {name: {"value": value} for name, value in values.items()}})["args"]
-    macros = {"${env}": [], "${interpreter}": [sys.executable], "${program}": [SWEEP["program"]], "${args}": flags}
-    return [word for part in create_sweep_command(list(SWEEP["command"])) for word in macros.get(part, [part])]
-
-
-@pytest.mark.parametrize("name", SWEEP["parameters"])
-def test_every_value_of_the_sweep_makes_a_command_line_that_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    seen = []
-    for value in SWEEP["parameters"][name]["values"]:
-        config = parsed(sweep_command(**{name: value})[2:], monkeypatch)
-        seen.append(str([config.model.gamma, config.model.dispersion, config.model.schedule.lr]))
-    assert len(set(seen)) == len(SWEEP["parameters"][name]["values"])
-
-
-@pytest.mark.slow
-def test_a_command_of_the_sweep_runs_and_logs_to_wandb(
-    tiny_folder_of: FolderOf, data: list[str], tmp_path: Path
-) -> None:
-    options = (
-        "--trainer.max_steps=2",
-        "--trainer.accelerator=cpu",
-        "--trainer.callbacks.nlist=4",
-        "--data.max_tokens=100",
-    )
-    command = [*sweep_command(), f"--model.model={tiny_folder_of('marian')}", *data, *options]
-    command += [f"--trainer.logger.save_dir={tmp_path}", f"--trainer.default_root_dir={tmp_path}"]
-    environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, timeout=300, cwd=ROOT, env=environment)
-    (run,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert list(run.glob("*.wandb"))

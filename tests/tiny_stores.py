@@ -72,3 +72,33 @@ def clumpy_keys(entries: int, key_size: int, seed: int = 0) -> tuple[NDArray[np.
     keys = 3 * rng.normal(size=(40, key_size))[centers] + rng.normal(size=(entries, key_size))
     values = np.where(rng.random(entries) < 0.7, centers, rng.integers(0, 40, entries))
     return keys.astype(np.float16), values.astype(np.int32)
+
+
+def by_place(store: Datastore, pairs: Sequence[Pair]) -> dict[tuple[int, int], tuple[int, NDArray[np.float16]]]:
+    """(pair's number, position) -> value and key of every entry of a datastore of those pairs."""
+    keys = np.concatenate(list(store.key_chunks(50)))
+    found = {}
+    for entry in range(len(store)):
+        context = store.context(entry)
+        assert context.pair == pairs[context.number]
+        found[context.number, context.position] = (int(store.values[entry]), keys[entry])
+    assert len(found) == len(store)
+    return found
+
+
+def numbered_store(folder: Path, sizes: list[int]) -> Datastore:
+    """A store whose keys spell the entries' numbers."""
+    numbers = np.arange(sum(sizes))
+    keys = np.stack([numbers // 1000, numbers % 1000], 1).astype(np.float16)
+    return write_store(folder, keys, (numbers % 17).astype(np.int32), sizes)
+
+
+def harm_file(path: Path, harm: str) -> None:
+    """Remove a file, cut it in half, or change its last bytes."""
+    content = path.read_bytes()
+    if harm == "missing":
+        path.unlink()
+    elif harm == "truncated":
+        path.write_bytes(content[: len(content) // 2])
+    else:
+        path.write_bytes(content[:-50] + bytes(50))

@@ -1,0 +1,347 @@
+"""What is written is what the model computes, once and whole, and is kept, replaced or continued as asked."""
+
+import errno
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_stores import by_place, corpus_pairs, harm_file, write_corpus
+from transformers import AutoModelForSeq2SeqLM
+
+from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.data.readers import CorpusFile, MalformedCorpusError, ReadReport
+from lightning_knnmt.datastore import (
+    Datastore,
+    DatastoreConfig,
+    DatastoreError,
+    Manifest,
+    build_datastore,
+    builder,
+    encoder,
+    lock,
+)
+from lightning_knnmt.datastore.manifest import library_versions
+from lightning_knnmt.datastore.verify import verify
+from lightning_knnmt.index import IndexConfig, build_index, open_index
+
+PAIRS = corpus_pairs(23)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> DatastoreConfig:
+    return DatastoreConfig(
+        tmp_path / "store", write_corpus(tmp_path / "corpus.jsonl", PAIRS), max_tokens=100, shard_entries=60
+    )
+
+
+def test_every_target_token_is_an_entry_with_the_state_that_hugging_face_predicts_it_from(
+    backbone: Backbone, config: DatastoreConfig
+) -> None:
+    manifest = build_datastore(backbone, config)
+    model = AutoModelForSeq2SeqLM.from_pretrained(backbone.name).eval()
+    with Datastore(config.folder) as store:
+        assert len(manifest.shards) > 2
+        assert max(shard.entries for shard in manifest.shards) <= 60
+        found = by_place(store, PAIRS)
+    expected = set()
+    for number, pair in enumerate(PAIRS):
+        src = backbone.tokenizer(pair.src, return_tensors="pt").input_ids
+        tgt = backbone.tokenizer(text_target=pair.tgt, return_tensors="pt").input_ids
+        start = torch.tensor([[model.config.decoder_start_token_id]])
+        with torch.no_grad():
+            output = model(
+                input_ids=src, decoder_input_ids=torch.cat([start, tgt[:, :-1]], 1), output_hidden_states=True
+            )
+        for position, token in enumerate(tgt[0].tolist()):
+            value, key = found[number, position]
+            assert value == token
+            state = output.decoder_hidden_states[-1][0, position].numpy()
+            np.testing.assert_allclose(key.astype(np.float32), state, rtol=2e-3, atol=2e-3)
+            expected.add((number, position))
+    assert set(found) == expected
+
+
+class CountedPair(Pair):
+    """A pair that knows how many of its kind are in memory."""
+
+    alive = 0
+    most = 0
+
+    def __init__(self, src: str, tgt: str) -> None:
+        super().__init__(src, tgt)
+        CountedPair.alive += 1
+        CountedPair.most = max(CountedPair.most, CountedPair.alive)
+
+    def __del__(self) -> None:
+        CountedPair.alive -= 1
+
+
+def test_the_builder_holds_no_more_than_one_shard_of_pairs_and_one_tokenizer_block(
+    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counted(_: CorpusFile, report: ReadReport | None = None) -> Iterator[Pair]:
+        for number in range(300):
+            yield CountedPair(f"Datei {number}", f"file {number}")
+
+    monkeypatch.setattr(builder, "read_pairs", counted)
+    monkeypatch.setattr(encoder, "TOKENIZED_AT_ONCE", 7)
+    manifest = build_datastore(backbone, config)
+    assert manifest.pairs == 300
+    assert len(manifest.shards) > 5
+    assert CountedPair.most <= max(shard.pairs for shard in manifest.shards) + 7 + 1
+
+
+def test_a_datastore_of_the_same_model_and_corpus_is_kept(
+    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build_datastore(backbone, config)
+    monkeypatch.setattr(backbone, "keys", None)  # encoding again would fail
+    assert build_datastore(backbone, config) == first
+    assert build_datastore(backbone, replace(config, overwrite=True)) == first
+
+
+def test_a_datastore_of_another_corpus_is_refused_and_replaced_when_asked(
+    backbone: Backbone, config: DatastoreConfig, tmp_path: Path
+) -> None:
+    before = build_datastore(backbone, config)
+    other = replace(config, corpus=write_corpus(tmp_path / "other.jsonl", PAIRS[:5]))
+    with pytest.raises(DatastoreError, match=r"already holds another datastore: corpus corpus.jsonl .* other.jsonl"):
+        build_datastore(backbone, other)
+    assert Manifest.load(config.folder) == before
+    after = build_datastore(backbone, replace(other, overwrite=True))
+    assert after.pairs == 5
+    assert sorted(path.name for path in config.folder.glob("*")) == [
+        "manifest.json", *(shard.file for shard in after.shards), "writer.lock"
+    ]  # fmt: skip
+    with Datastore(config.folder) as store:
+        assert {store.context(entry).pair for entry in range(len(store))} == set(PAIRS[:5])
+
+
+def test_a_datastore_of_another_key_type_is_not_kept(backbone: Backbone, config: DatastoreConfig) -> None:
+    build_datastore(backbone, config)
+    other = Backbone(backbone.name, key_type="ffn_input", device="cpu")
+    with pytest.raises(DatastoreError, match=r"key_type decoder_output against ffn_input .there against wanted."):
+        build_datastore(other, config)
+
+
+def test_a_corpus_read_with_other_options_is_another_corpus(backbone: Backbone, config: DatastoreConfig) -> None:
+    build_datastore(backbone, config)
+    turned = replace(config, corpus=replace(config.corpus, src_lang="en", tgt_lang="de"))
+    with pytest.raises(DatastoreError, match=r"corpus.src_lang de against en; corpus.tgt_lang en against de"):
+        build_datastore(backbone, turned)
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "changed"])
+def test_damaged_shards_are_made_again_and_those_before_them_are_kept(
+    backbone: Backbone, config: DatastoreConfig, harm: str
+) -> None:
+    before = build_datastore(backbone, config)
+    contents = {path.name: path.read_bytes() for path in config.folder.iterdir()}
+    first = config.folder / before.shards[0].file
+    stamp = first.stat()
+    harm_file(config.folder / before.shards[1].file, harm)
+    assert build_datastore(backbone, config) == before
+    assert {path.name: path.read_bytes() for path in config.folder.iterdir()} == contents
+    assert (first.stat().st_ino, first.stat().st_mtime_ns) == (stamp.st_ino, stamp.st_mtime_ns)
+
+
+def test_a_malformed_corpus_leaves_the_datastore_that_it_was_to_replace(
+    backbone: Backbone, config: DatastoreConfig, tmp_path: Path
+) -> None:
+    before = build_datastore(backbone, config)
+    bad = write_corpus(tmp_path / "bad.jsonl", [*PAIRS[:3], Pair("Quelle ohne Ziel", " ")])
+    with pytest.raises(MalformedCorpusError, match="empty target side"):
+        build_datastore(backbone, replace(config, corpus=bad, overwrite=True))
+    with Datastore(config.folder) as store:
+        assert len(store) == before.entries
+
+
+def test_an_interrupted_build_leaves_nothing_that_opens_and_can_be_repeated(
+    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+    keys = backbone.keys
+
+    def interrupted(batch: Batch) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return keys(batch)
+
+    build_datastore(backbone, replace(config, corpus=replace(config.corpus, max_characters=4000)))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(backbone, "keys", interrupted)
+        build_datastore(backbone, replace(config, overwrite=True))
+    assert calls == 4
+    assert not list(config.folder.glob("*.partial"))
+    with pytest.raises(DatastoreError, match=r"holds an unfinished datastore .manifest.json is missing.; build it"):
+        Datastore(config.folder)
+    build_datastore(backbone, config)
+    with Datastore(config.folder) as store:
+        assert len({place[0] for place in by_place(store, PAIRS)}) == len(PAIRS)
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, backbone: Backbone, config: DatastoreConfig, shards: int) -> Manifest:
+    """Begin a datastore and stop after some shards."""
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        write = builder.write_shard
+
+        def interrupted(*args: Any) -> None:
+            if (config.folder / f"shard-{shards - 1:05d}.h5").exists():
+                raise KeyboardInterrupt
+            write(*args)
+
+        patch.setattr(builder, "write_shard", interrupted)
+        build_datastore(backbone, config)
+    return Manifest.load(config.folder, "building.json")
+
+
+def test_a_build_that_was_stopped_tokenizes_and_encodes_only_the_rest(
+    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = interrupt(monkeypatch, backbone, config, shards=2)
+    assert len(begun.shards) == 2 and 0 < begun.pairs < len(PAIRS)
+    tokenized: list[str] = []
+    tokenize = backbone.tokenize
+
+    def counted(sources: Sequence[str], targets: Sequence[str] | None = None) -> tuple[list[list[int]], ...]:
+        tokenized.extend(sources)
+        return tokenize(sources, targets)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(backbone, "tokenize", counted)
+        manifest = build_datastore(backbone, config)
+    assert tokenized == [pair.src for pair in PAIRS[begun.pairs :]]
+    assert manifest.shards[:2] == begun.shards
+    whole = build_datastore(backbone, replace(config, folder=config.folder.with_name("whole")))
+    assert whole == manifest
+    for shard in whole.shards:
+        assert (config.folder / shard.file).read_bytes() == (config.folder.with_name("whole") / shard.file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_tokens": 99}, "max_tokens 100 against 99"),
+        ({"shard_entries": 61}, "shard_entries 60 against 61"),
+        ({"libraries": {"torch": "0.1"}}, "torch .* against 0.1"),
+    ],
+)
+def test_a_build_that_was_stopped_is_not_continued_with_another_plan(
+    backbone: Backbone,
+    config: DatastoreConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    message: str,
+) -> None:
+    interrupt(monkeypatch, backbone, config, shards=2)
+    if "libraries" in change:
+        libraries = library_versions() | change["libraries"]
+        monkeypatch.setattr(builder, "Manifest", partial(Manifest, libraries=libraries))
+        monkeypatch.setattr(builder.Manifest, "load", Manifest.load, raising=False)
+        other = config
+    else:
+        other = replace(config, **change)
+    with pytest.raises(DatastoreError, match=f"holds 2 shards of another plan: {message} .*overwrite: true"):
+        build_datastore(backbone, other)
+    assert len(Manifest.load(config.folder, "building.json").shards) == 2
+    build_datastore(backbone, replace(other, overwrite=True))
+    with Datastore(config.folder) as store:
+        assert len({place[0] for place in by_place(store, PAIRS)}) == len(PAIRS)
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error_unless_nothing_is_to_be_written(
+    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = build_datastore(backbone, config)
+    config.folder.with_name("file").touch()
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(lock.os, "open", refuse)
+    assert build_datastore(backbone, config) == manifest
+    with pytest.raises(DatastoreError, match=r"other cannot be written to .Read-only file system.; make room or allow"):
+        build_datastore(backbone, replace(config, folder=config.folder.with_name("other")))
+    with pytest.raises(DatastoreError, match=r"file cannot be written to .File exists."):
+        build_datastore(backbone, replace(config, folder=config.folder.with_name("file")))
+
+
+def test_a_disk_that_knows_no_locks_is_an_error(
+    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(DatastoreError, match=r"cannot be locked .No locks available.; choose a folder on a disk"):
+        build_datastore(backbone, config)
+    assert not list(config.folder.glob("*.h5"))
+
+
+def test_reading_changes_nothing(backbone: Backbone, config: DatastoreConfig) -> None:
+    build_datastore(backbone, config)
+    with Datastore(config.folder) as store:
+        build_index(store, IndexConfig("Flat"))
+    paths = sorted(config.folder.iterdir())
+    before = [(path.name, path.read_bytes(), path.stat().st_mtime_ns) for path in paths]
+    folder_time = config.folder.stat().st_mtime_ns
+    for path in [*paths, config.folder]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        with Datastore(config.folder) as store:
+            store.check(backbone)
+            by_place(store, PAIRS)
+            open_index(store).search(store.sample_keys(3), 2)
+        assert verify(config.folder) == []
+        assert build_datastore(backbone, config).entries == len(store)
+    finally:
+        config.folder.chmod(0o755)
+    assert [
+        (path.name, path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(config.folder.iterdir())
+    ] == before
+    assert config.folder.stat().st_mtime_ns == folder_time
+
+
+@pytest.mark.parametrize("factor", [1e7, np.nan])
+def test_keys_beyond_fp16_are_refused_and_the_pair_is_named(
+    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    keys = backbone.keys
+    wanted = backbone.tokenize([PAIRS[11].src])[0][0]
+
+    def overflowing(batch: Batch) -> torch.Tensor:
+        found = keys(batch).clone()
+        for row, ids in enumerate(batch.input_ids.tolist()):
+            if ids[: len(wanted)] == wanted:
+                found[row, 0, 3] *= factor
+        return found
+
+    monkeypatch.setattr(backbone, "keys", overflowing)
+    with pytest.raises(DatastoreError, match=r"a key of pair 11 \('11 .*NaN or beyond fp16's range"):
+        build_datastore(backbone, config)
+    with pytest.raises(DatastoreError, match="holds an unfinished datastore"):
+        Datastore(config.folder)
+
+
+def test_a_damaged_manifest_is_replaced_when_asked(backbone: Backbone, config: DatastoreConfig) -> None:
+    before = build_datastore(backbone, config)
+    (config.folder / "manifest.json").write_text("{")
+    with pytest.raises(DatastoreError, match=r"another datastore: .*manifest.json is damaged"):
+        build_datastore(backbone, config)
+    assert build_datastore(backbone, replace(config, overwrite=True)).entries == before.entries
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "shard_entries"])
+def test_sizes_under_1_are_refused(config: DatastoreConfig, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} is 0, expected 1 or more"):
+        replace(config, **{name: 0})
