@@ -13,6 +13,8 @@ from lightning_knnmt.functional.knn import knn_log_weights
 from lightning_knnmt.search import KnnSearch, KnnSettings
 from lightning_knnmt.timing import Spans
 
+CONTEXT_WIDTH = 60  # characters of a stored target that are shown on either side of the token
+
 
 @dataclass(frozen=True)
 class ExplainedNeighbor:
@@ -20,7 +22,7 @@ class ExplainedNeighbor:
 
     Attributes:
         context: The sentence pair and the position in its target.
-        marked: The target with the token in brackets.
+        marked: The target with the token in brackets, cut to what surrounds it.
         token: The token that followed in that context.
         distance: Squared L2 distance of its key.
         share: Its share of the kNN distribution; the shares of all k neighbors sum to 1.
@@ -118,18 +120,19 @@ def explain(search: KnnSearch, settings: KnnSettings, decoding: Decoding, source
 def _explained(search: KnnSearch, entry: int, distance: float, share: float) -> ExplainedNeighbor:
     context = search.datastore.context(entry)
     ids = search.backbone.tokenize([context.pair.src], [context.pair.tgt])[1][0]
-    marked = mark_token(search.backbone.tokenizer, ids, context.position)
+    marked = mark_token(search.backbone.tokenizer, ids, context.position, CONTEXT_WIDTH)
     piece = search.backbone.tokenizer.convert_ids_to_tokens(ids[context.position])
     return ExplainedNeighbor(context, marked, piece, distance, share)
 
 
-def mark_token(tokenizer: Any, ids: list[int], position: int) -> str:
+def mark_token(tokenizer: Any, ids: list[int], position: int, width: int | None = None) -> str:
     """A text with one of its tokens in brackets; a token without letters of its own, such as the end, by its name.
 
     Args:
         tokenizer: The tokenizer.
         ids: The text's tokens.
         position: Which of them to mark, from 0.
+        width: Most characters kept on either side of the token, cut between words; None: all.
     """
     before, through, whole = (
         tokenizer.decode(ids[:end], skip_special_tokens=True) for end in (position, position + 1, len(ids))
@@ -137,20 +140,27 @@ def mark_token(tokenizer: Any, ids: list[int], position: int) -> str:
     name = tokenizer.convert_ids_to_tokens(ids[position])
     if not (through.startswith(before) and whole.startswith(through)):  # a detokenizer at work, or half a character
         after = tokenizer.decode(ids[position + 1 :], skip_special_tokens=True)
-        return f"{before.strip()} [{name}] {after.strip()}".strip()
+        return f"{_end(before.strip(), width)} [{name}] {_beginning(after.strip(), width)}".strip()
     token, after = through[len(before) :], whole[len(through) :]
+    before, after = _end(before, width), _beginning(after, width)
     if not token.strip():
         return f"{before} [{name}] {after.lstrip()}".strip()
     gap = token[: len(token) - len(token.lstrip())]
     return f"{before}{gap}[{token.strip()}]{after}"
 
 
+def _beginning(text: str, width: int | None) -> str:
+    return text if width is None or len(text) <= width else f"{text[:width].rpartition(' ')[0]} …"
+
+
+def _end(text: str, width: int | None) -> str:
+    return text if width is None or len(text) <= width else f"… {text[-width:].partition(' ')[2]}"
+
+
 def explanation_lines(explanation: Explanation) -> Iterator[str]:
-    """An explanation as indented text."""
+    """An explanation as indented text; long sources are cut."""
     for token in explanation.tokens:
         yield f"  {token.token}  p={token.probability:.2f} (model alone {token.model_probability:.2f})"
         for neighbor in token.neighbors:
-            yield (
-                f"      {neighbor.share:.2f}  d={neighbor.distance:.1f}  {neighbor.marked}"
-                f"  ⇐  {neighbor.context.pair.src}"
-            )
+            source = _beginning(neighbor.context.pair.src, 2 * CONTEXT_WIDTH)
+            yield f"      {neighbor.share:.2f}  d={neighbor.distance:.1f}  {neighbor.marked}  ⇐  {source}"

@@ -158,3 +158,14 @@ def test_lines_hold_probability_share_distance_and_source(search: KnnSearch):
     assert lines[0] == f"  {token.token}  p={token.probability:.2f} (model alone {token.model_probability:.2f})"
     assert lines[1].startswith(f"      {neighbor.share:.2f}  d={neighbor.distance:.1f}  {neighbor.marked}")
     assert lines[1].endswith(neighbor.context.pair.src)
+
+
+def test_a_mark_in_a_long_text_keeps_what_surrounds_it(search: KnnSearch):
+    tokenizer = search.backbone.tokenizer
+    text = " ".join(pair.tgt for pair in corpus_pairs(12))
+    ids = tokenizer(text).input_ids
+    for position in range(len(ids)):
+        whole, cut = mark_token(tokenizer, ids, position), mark_token(tokenizer, ids, position, 20)
+        assert len(cut) < 40 + 12
+        for part in cut.removeprefix("… ").removesuffix(" …").split("…"):
+            assert part.strip() in whole

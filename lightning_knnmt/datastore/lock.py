@@ -30,7 +30,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise _not_writable(folder, error) from error
     with file:
-        if not _lock(file):
+        if not _lock(file, folder / FILE_NAME):
             holder = file.read(200).decode(errors="replace").strip() or "another process"
             raise DatastoreError(
                 f"{folder} is being written to by {holder}; wait until it has finished, or choose another folder"
@@ -52,7 +52,7 @@ def _not_writable(folder: Path, error: OSError) -> DatastoreError:
     )
 
 
-def _lock(file: IO[bytes]) -> bool:
+def _lock(file: IO[bytes], path: Path) -> bool:
     """Lock a file, if nobody else has; the operating system unlocks it when it is closed or its process ends."""
     try:
         if sys.platform == "win32":
@@ -68,5 +68,5 @@ def _lock(file: IO[bytes]) -> bool:
     except OSError as error:
         if error.errno in (errno.EACCES, errno.EAGAIN, errno.EDEADLK):
             return False
-        raise DatastoreError(f"{file.name} cannot be locked ({error.strerror}); choose a folder on a disk") from error
+        raise DatastoreError(f"{path} cannot be locked ({error.strerror}); choose a folder on a disk") from error
     return True
