@@ -176,7 +176,7 @@ def test_a_damaged_download_ends_the_process_without_a_traceback(tmp_path: Path)
     (tmp_path / "cache" / "pretix-2026.8.0-py3-none-any.whl").write_bytes(b"half")
     pretix = ROOT / "configs" / "data" / "pretix.yaml"
     result = run("--config", pretix, "--out", "out", "--cache", "cache", cwd=tmp_path)
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert "pretix-2026.8.0-py3-none-any.whl is damaged or incomplete" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
