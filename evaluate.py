@@ -13,7 +13,7 @@ from lightning_knnmt.cli import log_cut, peak_memory_mb, run_script
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.datastore import Provenance
-from lightning_knnmt.datastore.manifest import file_sha256
+from lightning_knnmt.datastore.files import file_sha256
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.comet import CometScorer, CometUnavailableError
 from lightning_knnmt.evaluation.comparison import SystemResult, run_systems

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_knnmt.combiners import FixedCombiner
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore, Manifest, Provenance, ShardInfo
-from lightning_knnmt.datastore.manifest import file_sha256
+from lightning_knnmt.datastore.files import file_sha256
 from lightning_knnmt.datastore.shard import ShardWriter
 from lightning_knnmt.index import IndexConfig, build_index, open_index
 from lightning_knnmt.retrieval import DatastoreRetriever, Neighbors

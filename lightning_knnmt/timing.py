@@ -25,11 +25,6 @@ class Spans:
             self.seconds[name] += now() - start
             self.counts[name] += count
 
-    def clear(self) -> None:
-        """Forget everything."""
-        self.seconds.clear()
-        self.counts.clear()
-
 
 def now() -> float:
     """Seconds on a clock that only goes forward, after the GPU has caught up."""

@@ -16,7 +16,7 @@ import evaluate
 import init_model
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.cli import run_script
-from lightning_knnmt.datastore.manifest import file_sha256
+from lightning_knnmt.datastore.files import file_sha256
 from lightning_knnmt.decoding import Decoding, Translator
 
 

@@ -202,7 +202,7 @@ def likelihoods(search: KnnSearch, states: ReferenceStates, grid: Grid) -> list[
             temperatures = default_temperatures(neighbors.distances, squared_norm)
         match = neighbors.values == states.tokens[:, None]  # [N, K]
         for k, temperature in itertools.product(grid.k, temperatures):
-            weights = knn_log_weights(neighbors.distances[:, :k], temperature).exp()
+            weights = knn_log_weights(neighbors.first(k).distances, temperature).exp()
             log_knn = (weights * match[:, :k]).sum(1).log()  # [N]
             found = weights.sum(1) > 0  # rows without neighbors are left to the model
             for lambda_ in grid.lambda_:

@@ -39,6 +39,15 @@ class IndexConfig:
             raise ValueError(f"name is {self.name!r}, expected another than those that the datastore uses itself")
 
 
+def choose_nlist(entries: int) -> int:
+    """A number of inverted lists for N entries: the power of two nearest to the square root of N.
+
+    >>> choose_nlist(100_000)
+    256
+    """
+    return 2 ** round(math.log2(math.sqrt(entries)))
+
+
 def choose_factory(entries: int, key_size: int) -> str:
     """The factory string behind `auto`.
 
@@ -50,6 +59,6 @@ def choose_factory(entries: int, key_size: int) -> str:
     """
     if entries <= 5000:
         return "Flat"
-    lists = 2 ** round(math.log2(math.sqrt(entries)))
+    lists = choose_nlist(entries)
     sub_quantizers = next(m for m in (64, 32, 16, 8, 4, 2, 1) if key_size % m == 0 and m <= max(1, key_size // 2))
     return f"IVF{lists},PQ{sub_quantizers}x4fs,Refine(SQfp16)"

@@ -1,6 +1,5 @@
 """How well an index over the keys of a model in training would be balanced."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from lightning_knnmt.backbone import Batch
 from lightning_knnmt.index.clustering import assign_to_lists
+from lightning_knnmt.index.config import choose_nlist
 from lightning_knnmt.metrics import Homogeneity, ImbalanceFactor, KeySample, MeanResultantLength, SphericalVariance
 from lightning_knnmt.training.pictures import list_size_histogram, log_figure
 
@@ -67,7 +67,7 @@ class IndexHealth(L.Callback):
         if trainer.sanity_checking or self.sample is None:
             return
         (keys, tokens), self.sample = self.sample.compute(), None
-        nlist = 2 ** round(math.log2(math.sqrt(len(keys)))) if self.nlist is None else self.nlist
+        nlist = choose_nlist(len(keys)) if self.nlist is None else self.nlist
         first = trainer.is_global_zero
         assigned = assign_to_lists(keys.cpu().numpy(), nlist, self.seed) if first else None
         lists = torch.from_numpy(trainer.strategy.broadcast(assigned)).to(keys.device)
