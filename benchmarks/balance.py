@@ -1,0 +1,111 @@
+"""How even lists are, by how they are trained: ``python benchmarks/balance.py base=runs/libreoffice_help/store``.
+
+For each datastore: k-means on a uniform sample, on the first and last entries (sentences are in the order of their
+lengths, so these are the longest and the shortest), and on another datastore's keys; and what can be had without
+training a model: keys of unit norm, whitened keys, long lists split. Imbalance factor, and codes that a query scans.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import faiss
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_knnmt.datastore import Datastore
+from lightning_knnmt.evaluation.report import table
+from lightning_knnmt.functional.clusters import homogeneity, imbalance_factor
+from lightning_knnmt.functional.dispersion.directions import directions
+from lightning_knnmt.index.splitting import split_centroids
+
+Keys = NDArray[np.float32]
+
+
+def unit_norm(keys: Keys) -> Keys:
+    """Every key divided by its norm."""
+    return keys / np.linalg.norm(keys, axis=1, keepdims=True)
+
+
+def whitened(keys: Keys) -> Keys:
+    """Keys whose covariance is the identity (PCA-W without reduction)."""
+    part = keys[:: max(1, len(keys) // 100_000)].astype(np.float64)
+    variances, axes = np.linalg.eigh(np.cov(part.T))
+    return ((keys - part.mean(0)) @ (axes / np.sqrt(variances + 1e-6 * variances.max()))).astype(np.float32)
+
+
+def indexes(keys: Keys, foreign: Keys | None, nlist: int, per_list: int, seed: int) -> Iterator[tuple[str, Keys, Keys]]:
+    """Ways of training a coarse quantizer: name, keys as the index holds them, centroids."""
+    rows = np.random.default_rng(seed).permutation(len(keys))[: per_list * nlist]
+    yield "uniform sample", keys, split_centroids(keys[rows], nlist, 0.0)
+    if len(rows) < len(keys):
+        yield "longest sentences", keys, split_centroids(keys[: len(rows)], nlist, 0.0)
+        yield "shortest sentences", keys, split_centroids(keys[-len(rows) :], nlist, 0.0)
+    if foreign is not None and len(foreign) >= nlist:
+        yield "another datastore", keys, split_centroids(foreign, nlist, 0.0)
+    for share in (0.1, 0.3):
+        yield f"long lists split, {share:.0%}", keys, split_centroids(keys[rows], nlist, share)
+        if len(rows) < len(keys):
+            yield f"shortest sentences, split {share:.0%}", keys, split_centroids(keys[-len(rows) :], nlist, share)
+    for name, changed in (("unit norm", unit_norm(keys)), ("whitened", whitened(keys))):
+        yield name, changed, split_centroids(changed[rows], nlist, 0.0)
+
+
+def measure(keys: Keys, tokens: NDArray[np.int32], centroids: Keys, nprobe: int) -> dict[str, float]:
+    """Imbalance factor, homogeneity, and the codes scanned by queries that follow the keys, as a share of N."""
+    index = faiss.IndexFlatL2(keys.shape[1])
+    index.add(centroids)
+    lists = np.concatenate([index.search(part, 1)[1][:, 0] for part in np.array_split(keys, 1 + len(keys) // 65536)])
+    sizes = np.bincount(lists, minlength=len(centroids))
+    probed = index.search(np.ascontiguousarray(keys[:: max(1, len(keys) // 2000)]), nprobe)[1]
+    return {
+        "imbalance_factor": imbalance_factor(torch.from_numpy(sizes)),
+        "homogeneity": homogeneity(torch.from_numpy(lists), torch.from_numpy(tokens.astype(np.int64))),
+        "largest_list": float(sizes.max() / sizes.mean()),
+        "scanned": float(sizes[probed].sum(1).mean() / len(keys)),
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure every store with every number of lists."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stores", nargs="+", metavar="LABEL=FOLDER")
+    parser.add_argument("--foreign", type=Path, help="datastore of the same model with another domain")
+    parser.add_argument("--nlist", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--nprobe", type=int, default=8)
+    parser.add_argument("--per-list", type=int, default=64, help="training keys for each list")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    common.set_threads(options.threads)
+    foreign = None
+    if options.foreign is not None:
+        with Datastore(options.foreign) as store:
+            foreign = store.sample_keys(len(store))
+    results: list[dict[str, Any]] = []
+    rows = [["store", "MRL", "lists", "trained on", "imbalance", "homogeneity", "largest list", "codes scanned"]]
+    for label, folder in (name.split("=", 1) for name in options.stores):
+        with Datastore(Path(folder)) as store:
+            keys, tokens = store.sample_keys(len(store)), store.values
+        length = float(directions(torch.from_numpy(keys)).mean(0).norm())
+        for nlist in options.nlist:
+            for name, held, centroids in indexes(keys, foreign, nlist, options.per_list, options.seed):
+                found = measure(held, tokens, centroids, options.nprobe)
+                results.append({"store": label, "mean_resultant_length": length, "nlist": nlist, "way": name, **found})
+                rows.append(
+                    [
+                        label, f"{length:.2f}", f"{nlist:,}", name, f"{found['imbalance_factor']:.2f}",
+                        f"{found['homogeneity']:.3f}", f"{found['largest_list']:.1f} × mean", f"{found['scanned']:.2%}",
+                    ]
+                )  # fmt: skip
+    print(table(rows))
+    if options.json is not None:
+        common.write_json(options.json, {"nprobe": options.nprobe, "results": results} | common.environment())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""Centroids whose lists are more even than those of k-means, without training a model: the longest lists are split."""
+
+import heapq
+
+import faiss
+import numpy as np
+from numpy.typing import NDArray
+
+
+def split_centroids(
+    sample: NDArray[np.float32], nlist: int, share: float = 0.1, iterations: int = 10, seed: int = 1
+) -> NDArray[np.float32]:
+    """k-means with fewer centroids than lists, then the longest list is cut in two until there are enough.
+
+    What k-means spends on a few keys far out is so taken back and spent where many keys are.
+
+    Args:
+        sample: Keys, shape (N, D).
+        nlist: Number of lists.
+        share: Share of the lists that splitting adds, in [0, 1).
+        iterations: Of k-means.
+        seed: Of k-means.
+
+    Returns:
+        Centroids, shape (nlist, D).
+
+    Raises:
+        ValueError: There are fewer keys than lists, or the share is out of range.
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"share is {share}, expected 0 or more and less than 1")
+    if len(sample) < nlist:
+        raise ValueError(f"nlist is {nlist}, but there are only {len(sample)} keys; expected at most one list per key")
+    first = max(1, nlist - round(share * nlist))
+    centroids = list(_k_means(sample, first, iterations, seed))
+    nearest = _nearest(np.stack(centroids), sample)
+    members = [np.flatnonzero(nearest == number) for number in range(first)]  # [list -> keys]
+    longest = [(-len(keys), number) for number, keys in enumerate(members)]
+    heapq.heapify(longest)
+    while longest and len(centroids) < nlist:
+        _, number = heapq.heappop(longest)
+        keys = members[number]
+        if (halves := _halve(sample[keys], seed)) is None:
+            continue  # all alike: nothing can cut it
+        two, in_first = halves
+        centroids[number], members[number] = two[0], keys[in_first]
+        centroids.append(two[1])
+        members.append(keys[~in_first])
+        for changed in (number, len(centroids) - 1):
+            heapq.heappush(longest, (-len(members[changed]), changed))
+    centroids += centroids[:1] * (nlist - len(centroids))  # fewer different keys than lists: the rest stay empty
+    return np.stack(centroids)
+
+
+def _halve(keys: NDArray[np.float32], seed: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]] | None:
+    """Two centroids and which keys are the first one's; None if the keys are all alike."""
+    if len(keys) < 2:
+        return None
+    two = _k_means(keys, 2, 5, seed)
+    in_first = _nearest(two, keys) == 0
+    return (two, in_first) if in_first.any() and not in_first.all() else None
+
+
+def _k_means(keys: NDArray[np.float32], number: int, iterations: int, seed: int) -> NDArray[np.float32]:
+    clustering = faiss.Kmeans(
+        keys.shape[1], number, niter=iterations, seed=seed, min_points_per_centroid=1, max_points_per_centroid=256
+    )
+    clustering.train(np.ascontiguousarray(keys, np.float32))
+    return np.asarray(clustering.centroids)
+
+
+def _nearest(centroids: NDArray[np.float32], keys: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The nearest centroid of each key, shape (N,)."""
+    index = faiss.IndexFlatL2(centroids.shape[1])
+    index.add(np.ascontiguousarray(centroids, np.float32))
+    return index.search(np.ascontiguousarray(keys, np.float32), 1)[1][:, 0]

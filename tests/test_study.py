@@ -1,0 +1,67 @@
+"""The benchmarks behind docs/dispersion.md run, and their figures agree with the library's own."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_stores import clumpy_keys, corpus_pairs, write_store
+
+from lightning_knnmt.data.splits import write_splits
+from lightning_knnmt.datastore import Datastore
+from lightning_knnmt.functional.clusters import imbalance_factor
+from lightning_knnmt.index import open_index
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+
+def test_a_variant_is_trained_and_scored_once(
+    marian_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import dispersion
+
+    pairs = corpus_pairs(64)
+    write_splits(tmp_path / "data", {"train": pairs[:40], "validation": pairs[40:52], "test": pairs[52:]}, {})
+    arguments = [
+        *("score", "--out", str(tmp_path / "out"), "--model", str(marian_folder), "--data", str(tmp_path / "data")),
+        *("--steps", "4", "--max-tokens", "100", "--factory", "IVF4,Flat", "--sample-nlist", "2", "--nprobe", "2"),
+        *("--max-new-tokens", "16"),
+        *("--only", "base", "sliced, γ 1"),
+    ]
+    dispersion.main(arguments)
+    table = capsys.readouterr().out
+    folder = tmp_path / "out" / "sliced, γ 1"
+    trained, scored = (json.loads((folder / f"{name}.json").read_text()) for name in ("trained", "scored"))
+    assert {"loss", "imbalance_factor", "homogeneity", "mean_resultant_length"} <= set(trained["validation"])
+    with Datastore(folder / "store") as store:
+        assert scored["index"]["entries"] == len(store)
+        sizes = torch.from_numpy(open_index(store).list_sizes())
+        assert scored["index"]["imbalance_factor"] == pytest.approx(imbalance_factor(sizes))
+    assert f"{scored['knn']['bleu']:.1f}" in table
+    before = (folder / "scored.json").stat().st_mtime_ns
+    dispersion.main(arguments)
+    assert (folder / "scored.json").stat().st_mtime_ns == before
+    assert capsys.readouterr().out == table
+
+
+def test_an_unknown_variant_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import dispersion
+
+    with pytest.raises(SystemExit):
+        dispersion.main(["train", "--out", str(tmp_path), "--only", "sliced"])
+    assert "expected some of ['base', 'fine-tuned, γ 0'" in capsys.readouterr().err
+
+
+def test_balance_of_clumped_keys_by_training_sample(tmp_path: Path) -> None:
+    import balance
+
+    keys, values = clumpy_keys(3000, 16)
+    write_store(tmp_path / "store", keys, values).close()
+    balance.main(
+        [f"clumped={tmp_path / 'store'}", "--nlist", "16", "--per-list", "40", "--json", str(tmp_path / "out.json")]
+    )
+    found = {row["way"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
+    assert len(found) == 9 and "another datastore" not in found
+    assert all(row["imbalance_factor"] >= 1 and 0 < row["scanned"] <= 1 for row in found.values())
+    assert found["long lists split, 30%"]["largest_list"] < found["uniform sample"]["largest_list"]
