@@ -1,19 +1,24 @@
 """Build a datastore and its index: ``python build_index.py --config configs/demo/build.yaml``.
 
 ``python build_index.py verify --folder runs/demo/store`` checks every file of one against its checksum.
+``torchrun --nproc-per-node 2 build_index.py --config … --processes.devices 2`` builds in two processes, as does the
+same line without ``torchrun``.
 """
 
 import logging
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.cli import log_cut, peak_memory_mb, run_script
+from lightning_knnmt.cli import USER_ERROR, log_cut, peak_memory_mb, run_script
 from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError, build_datastore
+from lightning_knnmt.datastore.builder import DatastoreBuild
+from lightning_knnmt.datastore.ranks import Processes
 from lightning_knnmt.datastore.verify import verify
 from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, write_json
 from lightning_knnmt.index import IndexConfig, IndexReport, build_index, open_index
@@ -21,7 +26,12 @@ from lightning_knnmt.index import IndexConfig, IndexReport, build_index, open_in
 log = logging.getLogger("lightning_knnmt.build_index")
 
 
-def build(backbone: Backbone, datastore: DatastoreConfig, index: IndexConfig = IndexConfig()) -> None:
+def build(
+    backbone: Backbone,
+    datastore: DatastoreConfig,
+    index: IndexConfig = IndexConfig(),
+    processes: Processes = Processes(),
+) -> None:
     """Encode a parallel corpus and index its keys; what is already there and fits is kept.
 
     Beside the shards and the index, build.json says how long each stage took and how much memory it needed.
@@ -31,35 +41,49 @@ def build(backbone: Backbone, datastore: DatastoreConfig, index: IndexConfig = I
             lists its other options.
         datastore: The corpus and where the datastore goes.
         index: The index over it.
+        processes: How many processes build together.
     """
-    folder = datastore.folder
+    with processes.start(backbone) as ranks:
+        if ranks.rank > 0:
+            logging.getLogger("lightning_knnmt").setLevel(logging.WARNING)
+        start = time.perf_counter()
+        built = build_datastore(backbone, datastore, ranks)
+        encode = _encode_record(built, time.perf_counter() - start)
+        backbone.cut_texts = sum(ranks.each(lambda: backbone.cut_texts))
+        with Datastore(datastore.folder) as store:
+            report = build_index(store, index, ranks)
+            if ranks.rank > 0:
+                return
+            sizes = open_index(store, index.name).list_sizes()
+        spread = None if sizes is None else _spread(sizes)
+        _record(datastore.folder, index.name, encode, report, spread)
+        _log_report(report, spread)
+        log.info("peak memory %s MB", peak_memory_mb())
+        log_cut(backbone)
+
+
+def _encode_record(built: DatastoreBuild, seconds: float) -> dict[str, Any] | None:
+    """What build.json says of encoding; None if it was done before."""
+    if built.kept:
+        return None
+    entries, pairs = built.manifest.entries, built.manifest.pairs
+    log.info("encode %.1f s, %.0f entries/s", seconds, built.encoded / seconds)
+    return {"seconds": round(seconds, 3), "peak_memory_mb": peak_memory_mb(), "entries": entries, "pairs": pairs}
+
+
+def _record(
+    folder: Path, name: str, encode: dict[str, Any] | None, report: IndexReport, spread: dict[str, int] | None
+) -> None:
+    """Put into build.json what is new; an index that was there before has the times that are written there."""
     record = read_build(folder)
-    before = _stamp(folder / "manifest.json")
-    start = time.perf_counter()
-    manifest = build_datastore(backbone, datastore)
-    if _stamp(folder / "manifest.json") != before:
-        seconds = time.perf_counter() - start
-        encode = {"seconds": round(seconds, 3), "peak_memory_mb": peak_memory_mb()}
-        record = {"encode": encode | {"entries": manifest.entries, "pairs": manifest.pairs}, "indexes": {}}
-        log.info("encode %.1f s, %.0f entries/s", seconds, manifest.entries / seconds)
-    with Datastore(folder) as store:
-        before = _stamp(folder / f"{index.name}.json")
-        report = build_index(store, index)
-        sizes = open_index(store, index.name).list_sizes()
-    if _stamp(folder / f"{index.name}.json") != before:
+    if encode is not None:
+        record = {"encode": encode, "indexes": {}}
+    if record["indexes"].get(name, {}).get("seconds") != report.seconds:
         built: dict[str, Any] = {"seconds": report.seconds, "peak_memory_mb": peak_memory_mb()}
-        record["indexes"][index.name] = built | ({} if sizes is None else {"list_sizes": _spread(sizes)})
+        record["indexes"][name] = built | ({} if spread is None else {"list_sizes": spread})
         log.info("index %s", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items()))
     if record != read_build(folder):
         write_json(folder / BUILD_FILE, record)
-    _log_report(report, None if sizes is None else _spread(sizes))
-    log.info("peak memory %s MB", peak_memory_mb())
-    log_cut(backbone)
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Changes whenever a file is replaced."""
-    return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
 
 
 def _spread(sizes: np.ndarray) -> dict[str, int]:
@@ -91,8 +115,20 @@ def verify_datastore(folder: Path) -> None:
     log.info("%s is whole", folder)
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["verify"]:
-        run_script(verify_datastore, sys.argv[2:])
+COMMANDS: dict[str, Callable[..., None]] = {"build": build, "verify": verify_datastore}
+
+
+def main(args: list[str]) -> None:
+    """Run the command that the arguments begin with; options alone are those of `build`."""
+    if args and not args[0].startswith("-"):
+        command, *args = args
     else:
-        run_script(build)
+        command = "build"
+    if command not in COMMANDS:
+        sys.stderr.write(f"error: the command is {command!r}, expected one of {', '.join(COMMANDS)}\n")
+        sys.exit(USER_ERROR)
+    run_script(COMMANDS[command], args)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

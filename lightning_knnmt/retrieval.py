@@ -1,14 +1,17 @@
 """From queries to neighbors."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_knnmt.backbone import Batch
 from lightning_knnmt.datastore import Datastore, DatastoreError
-from lightning_knnmt.index import FaissIndex
+from lightning_knnmt.datastore.mapped_keys import MappedKeys
+from lightning_knnmt.index.rescoring import rescore
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,29 @@ class Retriever(Protocol):
         ...
 
 
-class DatastoreRetriever:
+class SearchIndex(Protocol):
+    """An index over all entries of a datastore, such as `FaissIndex`."""
+
+    @property
+    def key_size(self) -> int:
+        """D."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def set_nprobe(self, nprobe: int) -> None:
+        """Choose how many lists a query scans."""
+        ...
+
+    def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Squared L2 distances and entry numbers, shapes (R, K), of queries of shape (R, D)."""
+        ...
+
+
+AnyIndex = TypeVar("AnyIndex", bound=SearchIndex)
+
+
+class DatastoreRetriever(Generic[AnyIndex]):
     """Searches one index over a whole datastore, whatever the sentence.
 
     Args:
@@ -50,12 +75,15 @@ class DatastoreRetriever:
         index: An index over the same entries.
         k: K, neighbors of each query, 1 or more.
         nprobe: Lists that each query scans, where the index has lists.
+        rescore: Candidates that the index finds for each query, of which the stored keys decide the K nearest and their
+            exact distances; 0: the index decides. With it, an index of short codes needs no copy of the keys (Refine).
     """
 
-    def __init__(self, datastore: Datastore, index: FaissIndex, k: int, nprobe: int = 8) -> None:
+    def __init__(self, datastore: Datastore, index: AnyIndex, k: int, nprobe: int = 8, rescore: int = 0) -> None:
         for name, value in (("k", k), ("nprobe", nprobe)):
             if value < 1:
                 raise ValueError(f"{name} is {value}, expected 1 or more")
+        check_rescore(rescore, k)
         if len(index) != len(datastore):
             raise DatastoreError(
                 f"the index holds {len(index)} entries and the datastore {datastore.folder} {len(datastore)}; "
@@ -66,7 +94,8 @@ class DatastoreRetriever:
                 f"the index holds keys of {index.key_size} dimensions and the datastore {datastore.folder} of "
                 f"{datastore.key_size}; build the index again"
             )
-        self.datastore, self.index, self.k, self.nprobe = datastore, index, k, nprobe
+        self.datastore, self.index, self.k, self.nprobe, self.rescore = datastore, index, k, nprobe, rescore
+        self._keys = MappedKeys(datastore) if rescore else None
         self._values = torch.from_numpy(datastore.values)
 
     def begin(self, batch: Batch) -> None:
@@ -75,7 +104,10 @@ class DatastoreRetriever:
     def retrieve(self, queries: Tensor) -> Neighbors:
         """Neighbors of queries of shape (R, D), on the queries' device."""
         self.index.set_nprobe(self.nprobe)  # other retrievers may share the index
-        distances, ids = self.index.search(queries.detach().float().cpu().numpy(), self.k)
+        rows = queries.detach().float().cpu().numpy()
+        distances, ids = self.index.search(rows, max(self.k, self.rescore))
+        if self._keys is not None:
+            distances, ids = rescore(rows, ids, self._keys, self.k)
         entries = torch.from_numpy(ids)
         found = entries >= 0
         if len(self._values):
@@ -84,3 +116,13 @@ class DatastoreRetriever:
             values = torch.zeros_like(entries)
         device = queries.device
         return Neighbors(torch.from_numpy(distances).to(device), values.to(device), entries.to(device))
+
+
+def check_rescore(rescore: int, k: int) -> None:
+    """Refuse fewer candidates than neighbors.
+
+    Raises:
+        ValueError: There are.
+    """
+    if rescore != 0 and rescore < k:
+        raise ValueError(f"rescore is {rescore}, expected 0, or k = {k} candidates or more")

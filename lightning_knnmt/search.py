@@ -9,8 +9,9 @@ from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.combiners import FixedCombiner
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding, Translator
-from lightning_knnmt.index import IndexReport, open_index
-from lightning_knnmt.retrieval import DatastoreRetriever
+from lightning_knnmt.index import open_index
+from lightning_knnmt.index.opening import read_report
+from lightning_knnmt.retrieval import DatastoreRetriever, check_rescore
 
 
 @dataclass(frozen=True)
@@ -22,17 +23,20 @@ class KnnSettings:
         lambda_: λ, the neighbors' share, in [0, 1].
         temperature: T, in units of squared distance.
         nprobe: Inverted lists that each query scans.
+        rescore: Candidates of each query whose distances the stored keys decide exactly, k or more; 0: the index does.
     """
 
     k: int = 16
     lambda_: float = 0.5
     temperature: float = 10.0
     nprobe: int = 8
+    rescore: int = 0
 
     def __post_init__(self) -> None:
         for name in ("k", "nprobe"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        check_rescore(self.rescore, self.k)
         FixedCombiner(self.lambda_, self.temperature)
 
 
@@ -43,29 +47,32 @@ class KnnSearch:
         backbone: The model.
         datastore: Its datastore.
         index: Name of the datastore's index.
+        mmap: Leave the index's entries on the disk, for one that is larger than memory.
 
     Raises:
         DatastoreError: The datastore was built with another model, tokenizer, key type or language.
     """
 
-    def __init__(self, backbone: Backbone, datastore: Datastore, index: str = "index") -> None:
+    def __init__(self, backbone: Backbone, datastore: Datastore, index: str = "index", mmap: bool = False) -> None:
         datastore.check(backbone)
         self.backbone, self.datastore = backbone, datastore
-        self.index = open_index(datastore, index)
-        self.report = IndexReport.load(datastore.folder / f"{index}.json")
+        self.index_name = index
+        self.index = open_index(datastore, index, mmap)
+        self.report = read_report(datastore, index)
 
-    def retriever(self, k: int, nprobe: int) -> DatastoreRetriever:
-        """A retriever of k neighbors out of nprobe lists."""
-        return DatastoreRetriever(self.datastore, self.index, k, nprobe)
+    def retriever(self, k: int, nprobe: int, rescore: int = 0) -> DatastoreRetriever:
+        """A retriever of k neighbors out of nprobe lists, or out of so many candidates."""
+        return DatastoreRetriever(self.datastore, self.index, k, nprobe, rescore)
 
     def translator(self, settings: KnnSettings, decoding: Decoding) -> Translator:
         """A translator with neighbors."""
         combiner = FixedCombiner(settings.lambda_, settings.temperature)
-        return Translator(self.backbone, decoding, self.retriever(settings.k, settings.nprobe), combiner)
+        retriever = self.retriever(settings.k, settings.nprobe, settings.rescore)
+        return Translator(self.backbone, decoding, retriever, combiner)
 
 
 @contextmanager
-def open_search(backbone: Backbone, datastore: Path, index: str = "index") -> Iterator[KnnSearch]:
+def open_search(backbone: Backbone, datastore: Path, index: str = "index", mmap: bool = False) -> Iterator[KnnSearch]:
     """Open a datastore and its index for as long as the block runs."""
     with Datastore(datastore) as store:
-        yield KnnSearch(backbone, store, index)
+        yield KnnSearch(backbone, store, index, mmap)

@@ -26,6 +26,7 @@ from lightning_knnmt.datastore import (
     encoder,
     lock,
 )
+from lightning_knnmt.datastore.builder import DatastoreBuild
 from lightning_knnmt.datastore.manifest import library_versions
 from lightning_knnmt.datastore.verify import verify
 from lightning_knnmt.index import IndexConfig, build_index, open_index
@@ -43,7 +44,7 @@ def config(tmp_path: Path) -> DatastoreConfig:
 def test_every_target_token_is_an_entry_with_the_state_that_hugging_face_predicts_it_from(
     backbone: Backbone, config: DatastoreConfig
 ) -> None:
-    manifest = build_datastore(backbone, config)
+    manifest = build_datastore(backbone, config).manifest
     model = AutoModelForSeq2SeqLM.from_pretrained(backbone.name).eval()
     with Datastore(config.folder) as store:
         assert len(manifest.shards) > 2
@@ -82,7 +83,7 @@ class CountedPair(Pair):
         CountedPair.alive -= 1
 
 
-def test_the_builder_holds_no_more_than_one_shard_of_pairs_and_one_tokenizer_block(
+def test_the_builder_holds_no_more_than_two_shards_of_pairs_and_one_tokenizer_block(
     backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def counted(_: CorpusFile, report: ReadReport | None = None) -> Iterator[Pair]:
@@ -91,30 +92,30 @@ def test_the_builder_holds_no_more_than_one_shard_of_pairs_and_one_tokenizer_blo
 
     monkeypatch.setattr(builder, "read_pairs", counted)
     monkeypatch.setattr(encoder, "TOKENIZED_AT_ONCE", 7)
-    manifest = build_datastore(backbone, config)
+    manifest = build_datastore(backbone, config).manifest
     assert manifest.pairs == 300
     assert len(manifest.shards) > 5
-    assert CountedPair.most <= max(shard.pairs for shard in manifest.shards) + 7 + 1
+    assert CountedPair.most <= 2 * max(shard.pairs for shard in manifest.shards) + 7 + 1
 
 
 def test_a_datastore_of_the_same_model_and_corpus_is_kept(
     backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = build_datastore(backbone, config)
+    first = build_datastore(backbone, config).manifest
     monkeypatch.setattr(backbone, "keys", None)  # encoding again would fail
-    assert build_datastore(backbone, config) == first
-    assert build_datastore(backbone, replace(config, overwrite=True)) == first
+    assert build_datastore(backbone, config) == DatastoreBuild(first, 0, kept=True)
+    assert build_datastore(backbone, replace(config, overwrite=True)) == DatastoreBuild(first, 0, kept=True)
 
 
 def test_a_datastore_of_another_corpus_is_refused_and_replaced_when_asked(
     backbone: Backbone, config: DatastoreConfig, tmp_path: Path
 ) -> None:
-    before = build_datastore(backbone, config)
+    before = build_datastore(backbone, config).manifest
     other = replace(config, corpus=write_corpus(tmp_path / "other.jsonl", PAIRS[:5]))
     with pytest.raises(DatastoreError, match=r"already holds another datastore: corpus corpus.jsonl .* other.jsonl"):
         build_datastore(backbone, other)
     assert Manifest.load(config.folder) == before
-    after = build_datastore(backbone, replace(other, overwrite=True))
+    after = build_datastore(backbone, replace(other, overwrite=True)).manifest
     assert after.pairs == 5
     assert sorted(path.name for path in config.folder.glob("*")) == [
         "manifest.json", *(shard.file for shard in after.shards), "writer.lock"
@@ -141,12 +142,13 @@ def test_a_corpus_read_with_other_options_is_another_corpus(backbone: Backbone, 
 def test_damaged_shards_are_made_again_and_those_before_them_are_kept(
     backbone: Backbone, config: DatastoreConfig, harm: str
 ) -> None:
-    before = build_datastore(backbone, config)
+    before = build_datastore(backbone, config).manifest
     contents = {path.name: path.read_bytes() for path in config.folder.iterdir()}
     first = config.folder / before.shards[0].file
     stamp = first.stat()
     harm_file(config.folder / before.shards[1].file, harm)
-    assert build_datastore(backbone, config) == before
+    encoded = sum(shard.entries for shard in before.shards[1:])
+    assert build_datastore(backbone, config) == DatastoreBuild(before, encoded, kept=False)
     assert {path.name: path.read_bytes() for path in config.folder.iterdir()} == contents
     assert (first.stat().st_ino, first.stat().st_mtime_ns) == (stamp.st_ino, stamp.st_mtime_ns)
 
@@ -154,7 +156,7 @@ def test_damaged_shards_are_made_again_and_those_before_them_are_kept(
 def test_a_malformed_corpus_leaves_the_datastore_that_it_was_to_replace(
     backbone: Backbone, config: DatastoreConfig, tmp_path: Path
 ) -> None:
-    before = build_datastore(backbone, config)
+    before = build_datastore(backbone, config).manifest
     bad = write_corpus(tmp_path / "bad.jsonl", [*PAIRS[:3], Pair("Quelle ohne Ziel", " ")])
     with pytest.raises(MalformedCorpusError, match="empty target side"):
         build_datastore(backbone, replace(config, corpus=bad, overwrite=True))
@@ -217,10 +219,10 @@ def test_a_build_that_was_stopped_tokenizes_and_encodes_only_the_rest(
 
     with monkeypatch.context() as patch:
         patch.setattr(backbone, "tokenize", counted)
-        manifest = build_datastore(backbone, config)
+        manifest = build_datastore(backbone, config).manifest
     assert tokenized == [pair.src for pair in PAIRS[begun.pairs :]]
     assert manifest.shards[:2] == begun.shards
-    whole = build_datastore(backbone, replace(config, folder=config.folder.with_name("whole")))
+    whole = build_datastore(backbone, replace(config, folder=config.folder.with_name("whole"))).manifest
     assert whole == manifest
     for shard in whole.shards:
         assert (config.folder / shard.file).read_bytes() == (config.folder.with_name("whole") / shard.file).read_bytes()
@@ -260,14 +262,14 @@ def test_a_build_that_was_stopped_is_not_continued_with_another_plan(
 def test_a_folder_that_cannot_be_written_to_is_an_error_unless_nothing_is_to_be_written(
     backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = build_datastore(backbone, config)
+    manifest = build_datastore(backbone, config).manifest
     config.folder.with_name("file").touch()
 
     def refuse(*_: object) -> int:
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(lock.os, "open", refuse)
-    assert build_datastore(backbone, config) == manifest
+    assert build_datastore(backbone, config).manifest == manifest
     with pytest.raises(DatastoreError, match=r"other cannot be written to .Read-only file system.; make room or allow"):
         build_datastore(backbone, replace(config, folder=config.folder.with_name("other")))
     with pytest.raises(DatastoreError, match=r"file cannot be written to .File exists."):
@@ -303,7 +305,7 @@ def test_reading_changes_nothing(backbone: Backbone, config: DatastoreConfig) ->
             by_place(store, PAIRS)
             open_index(store).search(store.sample_keys(3), 2)
         assert verify(config.folder) == []
-        assert build_datastore(backbone, config).entries == len(store)
+        assert build_datastore(backbone, config).manifest.entries == len(store)
     finally:
         config.folder.chmod(0o755)
     assert [
@@ -334,11 +336,63 @@ def test_keys_beyond_fp16_are_refused_and_the_pair_is_named(
 
 
 def test_a_damaged_manifest_is_replaced_when_asked(backbone: Backbone, config: DatastoreConfig) -> None:
-    before = build_datastore(backbone, config)
+    before = build_datastore(backbone, config).manifest
     (config.folder / "manifest.json").write_text("{")
     with pytest.raises(DatastoreError, match=r"another datastore: .*manifest.json is damaged"):
         build_datastore(backbone, config)
-    assert build_datastore(backbone, replace(config, overwrite=True)).entries == before.entries
+    assert build_datastore(backbone, replace(config, overwrite=True)).manifest.entries == before.entries
+
+
+def test_the_thread_that_writes_fails_for_all(
+    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise DatastoreError("no room")
+
+    with monkeypatch.context() as patch, pytest.raises(DatastoreError, match="no room"):
+        patch.setattr(encoder.ShardWriter, "append", full)
+        build_datastore(backbone, config)
+    assert not list(config.folder.glob("shard-*"))
+    assert build_datastore(backbone, config).manifest.pairs == len(PAIRS)
+
+
+def test_one_is_made_ahead_in_order_and_errors_come_where_they_arise() -> None:
+    made = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(4):
+            made.append(number)
+            yield number
+        raise ValueError("the fifth")
+
+    found = []
+    with pytest.raises(ValueError, match="the fifth"):
+        for number in encoder.one_ahead(numbers()):
+            found.append(number)
+            assert len(made) <= number + 2
+    assert found == made == [0, 1, 2, 3]
+
+
+def test_little_of_the_batches_that_a_model_gets_is_padding(
+    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = padded = 0
+    keys = backbone.keys
+
+    def counted(batch: Batch) -> torch.Tensor:
+        nonlocal real, padded
+        real += int(batch.attention_mask.sum() + batch.target_mask.sum())
+        padded += batch.attention_mask.numel() + batch.target_mask.numel()
+        return keys(batch)
+
+    monkeypatch.setattr(backbone, "keys", counted)
+    build_datastore(backbone, replace(config, max_tokens=8192, max_padding=0.07, shard_entries=1 << 20))
+    assert 0 < padded - real <= 0.07 * padded
+
+
+def test_padding_beyond_all_is_refused(config: DatastoreConfig) -> None:
+    with pytest.raises(ValueError, match=r"max_padding is 1.5, expected 0 to 1"):
+        replace(config, max_padding=1.5)
 
 
 @pytest.mark.parametrize("name", ["max_tokens", "shard_entries"])

@@ -1,11 +1,16 @@
 """Splitting the longest lists evens an index, whatever the keys are."""
 
+from pathlib import Path
+
 import faiss
 import numpy as np
 import pytest
 import torch
+from tiny_stores import write_store
 
+from lightning_knnmt.datastore import Datastore, DatastoreError
 from lightning_knnmt.functional.clusters import imbalance_factor
+from lightning_knnmt.index import IndexConfig, build_index, open_index
 from lightning_knnmt.index.splitting import split_centroids
 
 
@@ -60,3 +65,40 @@ def test_keys_that_are_alike_leave_lists_empty_instead_of_failing() -> None:
 def test_what_cannot_be_is_refused(nlist: int, share: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         split_centroids(np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32), nlist, share)
+
+
+FACTORIES = ["IVF32,Flat", "OPQ4,IVF32,PQ4x4fs", "PCA4,IVF32,Flat", "OPQ4,IVF32,PQ4,Refine(SQfp16)", "IVF32_HNSW8,SQ8"]
+
+
+def found_themselves(store: Datastore, name: str) -> float:
+    """Share of some stored keys that are among their own ten nearest."""
+    index = open_index(store, name)
+    index.set_nprobe(32)
+    rows = np.arange(0, len(store), 100)
+    return float((index.search(store.sample_keys(len(store))[rows], 10)[1] == rows[:, None]).any(1).mean())
+
+
+@pytest.mark.parametrize("factory", FACTORIES)
+def test_an_index_is_built_with_split_lists(factory: str, tmp_path: Path) -> None:
+    keys = clumped_keys().astype(np.float16)
+    with write_store(tmp_path / "store", keys, np.arange(len(keys), dtype=np.int32) % 9) as store:
+        plain = build_index(store, IndexConfig(factory, name="plain"))
+        split = build_index(store, IndexConfig(factory, name="split", split_lists=0.5))
+        assert build_index(store, IndexConfig(factory, name="split", split_lists=0.5)) == split
+        with pytest.raises(DatastoreError, match=r"split_lists 0\.5 against 0\.0"):
+            build_index(store, IndexConfig(factory, name="split"))
+        assert found_themselves(store, "split") > found_themselves(store, "plain") - 0.05
+    assert (plain.split_lists, split.split_lists) == (0.0, 0.5)
+    assert split.imbalance_factor is not None and plain.imbalance_factor is not None
+    assert split.imbalance_factor < plain.imbalance_factor
+
+
+def test_splitting_needs_lists(tmp_path: Path) -> None:
+    keys = clumped_keys().astype(np.float16)
+    with (
+        write_store(tmp_path / "store", keys, np.zeros(len(keys), np.int32)) as store,
+        pytest.raises(ValueError, match="has no inverted lists; expected a factory with IVF"),
+    ):
+        build_index(store, IndexConfig("Flat", split_lists=0.1))
+    with pytest.raises(ValueError, match="split_lists is 1"):
+        IndexConfig(split_lists=1.0)

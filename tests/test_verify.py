@@ -9,7 +9,10 @@ from tiny_stores import clumpy_keys, write_store
 from lightning_knnmt.datastore.verify import verify
 from lightning_knnmt.index import IndexConfig, build_index
 
-FILES = ("manifest.json", "shard-00000.h5", "shard-00001.h5", "index.faiss", "index.json", "other.faiss", "other.json")
+FILES = (
+    *("manifest.json", "shard-00000.h5", "shard-00001.h5", "index.faiss", "index.json", "other.faiss", "other.json"),
+    *("split.faiss", "split.json", "split.part-00000.faiss", "split.part-00001.faiss"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,6 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with write_store(folder, *clumpy_keys(300, 8), [200, 100]) as store:
         build_index(store, IndexConfig("IVF4,PQ4x4fs"))
         build_index(store, IndexConfig("Flat", name="other"))
+        build_index(store, IndexConfig("IVF4,SQ8", name="split", layout="shards", part_entries=100))
     return folder
 
 

@@ -1,16 +1,23 @@
 """From a parallel corpus to a datastore, in one teacher-forced pass that can be stopped and continued at any time."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.tokenization import token_ids
+from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, ReadReport, read_pairs
-from lightning_knnmt.datastore.encoder import items_of_shards, write_shard
+from lightning_knnmt.datastore.encoder import TOKENIZED_AT_ONCE, Item, cut, items_of, one_ahead, write_shard
 from lightning_knnmt.datastore.errors import DatastoreError
 from lightning_knnmt.datastore.files import file_sha256, sync_folder
 from lightning_knnmt.datastore.lock import only_writer
@@ -24,6 +31,7 @@ from lightning_knnmt.datastore.manifest import (
     remove_other_shards,
     shard_name,
 )
+from lightning_knnmt.datastore.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -38,24 +46,43 @@ class DatastoreConfig:
         folder: Where it goes.
         corpus: The parallel corpus; `train.jsonl` of `prepare_data.py`, or any format that the readers know.
         max_tokens: Most tokens of a batch on either side, padding counted.
-        shard_entries: Most entries of a shard, if one pair has no more; the sentences of one shard are held in memory.
+        max_padding: Largest share of a shard's batches that may be padding; less makes more and smaller batches.
+        shard_entries: Most entries of a shard, if one pair has no more; the sentences of two shards are held in memory.
         overwrite: Replace a datastore that was built from something else; otherwise that is an error.
     """
 
     folder: Path
     corpus: CorpusFile
     max_tokens: int = 8192
+    max_padding: float = 0.04
     shard_entries: int = 1 << 20
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens is {self.max_tokens}, expected 1 or more")
+        if not 0 <= self.max_padding <= 1:
+            raise ValueError(f"max_padding is {self.max_padding}, expected 0 to 1")
         if self.shard_entries < 1:
             raise ValueError(f"shard_entries is {self.shard_entries}, expected 1 or more")
 
 
-def build_datastore(backbone: Backbone, config: DatastoreConfig) -> Manifest:
+@dataclass(frozen=True)
+class DatastoreBuild:
+    """What building has led to.
+
+    Attributes:
+        manifest: Of the whole datastore.
+        encoded: Entries that were encoded now, by all processes; what earlier runs have left is not counted.
+        kept: Whether the whole datastore was there before.
+    """
+
+    manifest: Manifest
+    encoded: int
+    kept: bool
+
+
+def build_datastore(backbone: Backbone, config: DatastoreConfig, ranks: Ranks = Ranks()) -> DatastoreBuild:
     """Write keys and values of every target token of a corpus.
 
     A datastore that is already there is kept if the same model, tokenizer, key type and corpus would make it again.
@@ -63,16 +90,20 @@ def build_datastore(backbone: Backbone, config: DatastoreConfig) -> Manifest:
     manifest so far, and is renamed to `manifest.json` when nothing is missing. One that is replaced is gone from the
     moment encoding begins.
 
+    Several ranks write whole shards in turn: which pairs a shard holds does not depend on how many there are, so the
+    bytes are those that one process writes, and another number of processes can continue.
+
     Args:
         backbone: Whose states become the keys.
         config: Corpus, folder and sizes.
+        ranks: This process's place among those that build together, each of which calls this function.
 
     Returns:
-        The manifest of the whole datastore.
+        The whole datastore's manifest, and what was done.
 
     Raises:
         DatastoreError: The folder holds a datastore made from something else, another process writes to it, a file
-            could not be written, or a key is not finite in fp16.
+            could not be written, or a key is not finite in fp16; also if this goes wrong for another rank.
     """
     folder = config.folder
     planned = Manifest(
@@ -84,37 +115,100 @@ def build_datastore(backbone: Backbone, config: DatastoreConfig) -> Manifest:
         shards=(),
         encoding=_encoding(backbone, config),
     )
-    if (kept := _kept(planned, config)) is not None:  # before the lock, since it may be in a folder for reading only
-        return kept
-    with only_writer(folder):
-        if (kept := _kept(planned, config)) is not None:  # another process has just made it
-            return kept
-        begun = _begun(planned, config)
-        total = sum(1 for _ in read_pairs(config.corpus))  # malformed input shows before anything is lost or begun
-        begun.save(folder, BUILDING)
-        (folder / FILE_NAME).unlink(missing_ok=True)
-        sync_folder(folder)
-        remove_other_shards(folder, begun.shards)
-        manifest = _encode_rest(backbone, config, begun, total)
-        finish_building(folder)
-    log.info("%s: %d entries of %d pairs in %d shards", folder, manifest.entries, manifest.pairs, len(manifest.shards))
-    return manifest
+    for rank, other in enumerate(ranks.each(lambda: planned)):
+        if differences := _differences(other, planned, to_the_bit=True):
+            raise DatastoreError(f"process {rank} of this build has another model or corpus: {'; '.join(differences)}")
 
+    find = partial(_kept, planned, config)
+    if (kept := ranks.first(find)) is not None:  # before the lock, since it may be in a folder for reading only
+        return DatastoreBuild(kept, 0, kept=True)
+    with only_writer(folder, ranks):
+        if (kept := ranks.first(find)) is not None:  # another process has just made it
+            return DatastoreBuild(kept, 0, kept=True)
+        begun = ranks.first(lambda: _begun(planned, config))
+        total, shards = _shards(backbone, config, begun.pairs, ranks)  # malformed input shows before anything is lost
 
-def _encode_rest(backbone: Backbone, config: DatastoreConfig, begun: Manifest, total: int) -> Manifest:
-    """Add the shards of the pairs that are in none yet."""
-    folder, report = config.folder, ReadReport()
-    rest = islice(enumerate(read_pairs(config.corpus, report)), begun.pairs, None)
-    label = f"encode {config.corpus.path.name}"
-    with tqdm(total=total, initial=begun.pairs, desc=label, unit=" pairs") as progress:
-        for items in items_of_shards(backbone, rest, config.shard_entries):
-            path = folder / shard_name(len(begun.shards))
-            write_shard(backbone, items, path, config.max_tokens, progress.update)
-            entries = sum(len(item.tgt) for item in items)
-            begun = begun.with_shard(ShardInfo(path.name, entries, len(items), file_sha256(path)))
+        def begin() -> None:
             begun.save(folder, BUILDING)
-            del items  # or two shards of pairs would be in memory while the next is read
+            (folder / FILE_NAME).unlink(missing_ok=True)
+            sync_folder(folder)
+            remove_other_shards(folder, begun.shards)
+
+        ranks.first(begin)
+        manifest = _encode_rest(backbone, config, begun, total, shards, ranks)
+        ranks.first(lambda: finish_building(folder))
+    log.info("%s: %d entries of %d pairs in %d shards", folder, manifest.entries, manifest.pairs, len(manifest.shards))
+    return DatastoreBuild(manifest, manifest.entries - begun.entries, kept=False)
+
+
+def _shards(backbone: Backbone, config: DatastoreConfig, first: int, ranks: Ranks) -> tuple[int, Iterator[list[Item]]]:
+    """How many pairs the corpus has, and those of each shard, from the first pair on, that falls to this rank.
+
+    One process cuts shards while it tokenizes. Several must know where shards begin before they can share them out.
+    """
+    report = ReadReport()
+    if ranks.size == 1:
+        total = sum(1 for _ in read_pairs(config.corpus, report))
+        rest = items_of(backbone, islice(enumerate(read_pairs(config.corpus)), first, None))
+        shards = cut(rest, lambda item: len(item.tgt), config.shard_entries)
+    else:
+        lengths = _target_lengths(backbone, islice(read_pairs(config.corpus, report), first, None), ranks)
+        total = first + len(lengths)
+        groups = cut(range(first, total), lambda number: int(lengths[number - first]), config.shard_entries)
+        spans = [range(group[0], group[-1] + 1) for group in groups]
+        if len(spans) < ranks.size:
+            log.warning(
+                "%d shards of up to %d entries leave some of %d processes idle; ask for fewer shard_entries",
+                len(spans), config.shard_entries, ranks.size,
+            )  # fmt: skip
+        shards = _items_of_spans(backbone, read_pairs(config.corpus), spans[ranks.rank :: ranks.size])
     log.info("%s: %s", config.corpus.path, report)
+    return total, shards
+
+
+def _target_lengths(backbone: Backbone, pairs: Iterator[Pair], ranks: Ranks) -> NDArray[np.int32]:
+    """Target tokens of each pair, to which every rank contributes blocks."""
+    own = []
+    for number, rows in enumerate(iter(lambda: list(islice(pairs, TOKENIZED_AT_ONCE)), [])):
+        if number % ranks.size == ranks.rank:
+            targets = [pair.tgt for pair in rows]
+            tokens, _ = token_ids(backbone.tokenizer, "text_target", targets, backbone.position_limit)
+            own.append(np.array([len(row) for row in tokens], np.int32))
+    told = ranks.each(lambda: own)
+    blocks = [told[number % ranks.size][number // ranks.size] for number in range(sum(map(len, told)))]
+    return np.concatenate([np.empty(0, np.int32), *blocks])
+
+
+def _items_of_spans(backbone: Backbone, pairs: Iterator[Pair], spans: list[range]) -> Iterator[list[Item]]:
+    numbered, position = enumerate(pairs), 0
+    for span in spans:
+        yield list(items_of(backbone, islice(numbered, span.start - position, span.stop - position)))
+        position = span.stop
+
+
+def _encode_rest(
+    backbone: Backbone, config: DatastoreConfig, begun: Manifest, total: int, shards: Iterator[list[Item]], ranks: Ranks
+) -> Manifest:
+    """Add the missing shards, of which each rank writes one in every round."""
+    folder = config.folder
+    label = f"encode {config.corpus.path.name}"
+
+    def write_next() -> ShardInfo | None:
+        if (items := next(ahead, None)) is None:
+            return None
+        path = folder / shard_name(len(begun.shards) + ranks.rank)
+        write_shard(backbone, items, path, config.max_tokens, config.max_padding, progress.update)
+        return ShardInfo(path.name, sum(len(item.tgt) for item in items), len(items), file_sha256(path))
+
+    with (
+        closing(one_ahead(shards)) as ahead,
+        tqdm(total=total, initial=begun.pairs, desc=label, unit=" pairs", disable=ranks.rank > 0) as progress,
+    ):
+        while written := [info for info in ranks.each(write_next) if info is not None]:
+            for info in written:
+                begun = begun.with_shard(info)
+            ranks.first(partial(begun.save, folder, BUILDING))
+            progress.update(begun.pairs - progress.n)  # what the other ranks have done
     return begun
 
 
@@ -180,7 +274,8 @@ def _reading(corpus: CorpusFile) -> dict[str, Any]:
 
 def _encoding(backbone: Backbone, config: DatastoreConfig) -> dict[str, Any]:
     dtype = str(backbone.output_projection.weight.dtype).removeprefix("torch.")
-    return {"max_tokens": config.max_tokens, "dtype": dtype, "device": backbone.device.type}
+    device = backbone.device.type
+    return {"max_tokens": config.max_tokens, "max_padding": config.max_padding, "dtype": dtype, "device": device}
 
 
 def _differences(existing: Manifest, planned: Manifest, to_the_bit: bool = False) -> list[str]:

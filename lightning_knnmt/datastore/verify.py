@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning_knnmt.datastore.errors import DatastoreError
 from lightning_knnmt.datastore.files import file_sha256
+from lightning_knnmt.datastore.index_files import description_file, index_file, is_index_name, part_file
 from lightning_knnmt.datastore.manifest import FILE_NAME, Manifest, ShardInfo, is_inside
 from lightning_knnmt.datastore.sealed import read_sealed
 
@@ -59,26 +60,30 @@ def _shard_problem(folder: Path, shard: ShardInfo) -> Problem | None:
 
 
 def _index_names(folder: Path) -> list[str]:
-    """Names that index files or descriptions of indexes have, in whatever state; what training left is no index yet."""
+    """Names that index files or descriptions of indexes have, in whatever state; what a build left is no index yet."""
     names = {path.stem for path in folder.glob("*.faiss")}
     names |= {path.stem for path in folder.glob("*.json") if re.search(rb'"faiss_sha256":', path.read_bytes())}
-    return sorted(name for name in names if not name.endswith(".trained"))
+    return sorted(filter(is_index_name, names))
 
 
 def _index_problems(folder: Path, name: str) -> list[Problem]:
-    index, description = folder / f"{name}.faiss", folder / f"{name}.json"
+    index, description = index_file(folder, name), description_file(folder, name)
     if not description.is_file():
         return [Problem(description.name, f"is missing, so {index.name} is not whole; build the index again")]
     try:
         content = read_sealed(description)
-        wanted, datastore = content["faiss_sha256"], content["datastore_sha256"]
-    except (ValueError, KeyError, DatastoreError) as error:
+        datastore, sums = content["datastore_sha256"], [content["faiss_sha256"]]
+        sums += [part["faiss_sha256"] for part in content.get("parts", [])]
+    except (ValueError, KeyError, TypeError, DatastoreError) as error:
         return [Problem(description.name, f"is damaged ({error}); build the index again")]
     problems = []
     if datastore != file_sha256(folder / FILE_NAME):
         problems.append(Problem(description.name, "belongs to another datastore; build the index again"))
-    if not index.is_file():
-        problems.append(Problem(index.name, "is missing; build the index again"))
-    elif file_sha256(index) != wanted:
-        problems.append(Problem(index.name, "is damaged (its checksum is another); build the index again"))
+    for file, wanted in zip(
+        [index, *(part_file(folder, name, part) for part in range(len(sums) - 1))], sums, strict=True
+    ):
+        if not file.is_file():
+            problems.append(Problem(file.name, "is missing; build the index again"))
+        elif file_sha256(file) != wanted:
+            problems.append(Problem(file.name, "is damaged (its checksum is another); build the index again"))
     return problems

@@ -1,6 +1,8 @@
-"""From the keys of a datastore to a searchable index."""
+"""From the keys of a datastore to an index over them."""
 
 import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import faiss
@@ -11,30 +13,37 @@ from tqdm import tqdm
 
 from lightning_knnmt.datastore import Datastore, DatastoreError
 from lightning_knnmt.datastore.files import file_sha256
+from lightning_knnmt.datastore.index_files import description_file, index_file, part_file
 from lightning_knnmt.datastore.lock import only_writer
 from lightning_knnmt.datastore.manifest import FILE_NAME
+from lightning_knnmt.datastore.mapped_keys import MappedKeys
+from lightning_knnmt.datastore.ranks import Ranks
 from lightning_knnmt.functional.clusters import homogeneity, imbalance_factor
 from lightning_knnmt.index.config import IndexConfig, choose_factory
-from lightning_knnmt.index.faiss_index import FaissIndex, find_ivf
-from lightning_knnmt.index.report import IndexReport
-from lightning_knnmt.index.trained import Training, load_trained, remove_trained, save_trained
+from lightning_knnmt.index.factory import check_sample, make_index, refusing
+from lightning_knnmt.index.faiss_index import FaissIndex, find_ivf, read_index, write_index
+from lightning_knnmt.index.merging import clear_padding, merge
+from lightning_knnmt.index.parts import Parts, part_ranges, remove_parts
+from lightning_knnmt.index.report import IndexPart, IndexReport
+from lightning_knnmt.index.splitting import give_centroids
+from lightning_knnmt.index.trained import Trained, Training, load_trained, remove_trained, save_trained
 from lightning_knnmt.timing import Spans
 
 log = logging.getLogger(__name__)
 
-REFINED = 4  # candidates for each neighbor that a Refine index scores again; FAISS's 1 would only correct distances
 
-
-def build_index(datastore: Datastore, config: IndexConfig) -> IndexReport:
+def build_index(datastore: Datastore, config: IndexConfig, ranks: Ranks = Ranks()) -> IndexReport:
     """Train an index on a uniform sample of a datastore's keys, add all keys, and write it beside the shards.
 
     An index of that name that is already there is kept if it was built from this datastore with these settings. One
     that is damaged, or was built from other keys than the datastore now holds, is of no use, and replaced. A build that
-    is stopped after training need not train again.
+    is stopped after training need not train again, and one in several parts continues from the last whole part.
 
     Args:
         datastore: Whose keys to index.
         config: Factory string, sample and name.
+        ranks: This process's place among those that build it together: rank 0 trains, and each adds every so many-th
+            part.
 
     Returns:
         What was built and how evenly it is filled.
@@ -45,138 +54,198 @@ def build_index(datastore: Datastore, config: IndexConfig) -> IndexReport:
         ValueError: FAISS does not know the factory string, or it does not fit the keys.
     """
     factory = choose_factory(len(datastore), datastore.key_size) if config.factory == "auto" else config.factory
-    path = datastore.folder / f"{config.name}.faiss"
-    index = _make(factory, datastore.key_size)
+    index = make_index(factory, datastore.key_size)
     points = min(_train_points(index, config), len(datastore))
-    training = Training(factory, datastore.key_size, points, config.seed, datastore.fingerprint)
-    if (kept := _kept(path, training, config)) is not None:  # before the lock: it may be in a folder for reading only
+    training = Training(factory, datastore.key_size, points, config.seed, config.split_lists, datastore.fingerprint)
+    build = _Build(datastore, config, training, ranks)
+    if (kept := ranks.first(build.kept)) is not None:  # before the lock: it may be in a folder for reading only
         return kept
-    _check_sample(index, factory, points, len(datastore))
-    with only_writer(datastore.folder):
-        if (kept := _kept(path, training, config)) is not None:  # another process has just made it
+    check_sample(index, factory, points, len(datastore))
+    with only_writer(datastore.folder, ranks):
+        if (kept := ranks.first(build.kept)) is not None:  # another process has just made it
             return kept
         if file_sha256(datastore.folder / FILE_NAME) != datastore.fingerprint:
             raise DatastoreError(f"{datastore.folder} was built anew after it was opened; open it again")
-        spans = Spans()
-        index = _trained(index, datastore, training, path, spans)
-        with spans.span("add"), tqdm(total=len(datastore), desc="add", unit=" keys", unit_scale=True) as progress:
-            for keys in datastore.key_chunks(config.chunk):
-                _add(index, training.factory, keys.astype(np.float32))
-                progress.update(len(keys))
-        built = FaissIndex(index)
-        with spans.span("write"):
-            _description(path).unlink(missing_ok=True)
-            sha256 = built.save(path)
-        report = _report(built, training, sha256, datastore, dict(spans.seconds))
-        report.save(_description(path))
-        remove_trained(path)
-    return report
+        ranges = part_ranges([shard.entries for shard in datastore.manifest.shards], config.part_entries)
+        can_merge = find_ivf(index) is not None  # FAISS cannot append one graph to another
+        if config.layout == "shards" or (can_merge and len(ranges) > 1):
+            return build.in_parts(index, ranges)
+        return ranks.first(lambda: build.whole(index))
 
 
-def _add(index: faiss.Index, factory: str, keys: NDArray[np.float32]) -> None:
-    try:
-        index.add(keys)
-    except RuntimeError as error:
-        raise ValueError(
-            f"factory is {factory!r}, to which FAISS cannot add keys in their order ({error}); leave out IDMap"
-        ) from error
+@dataclass(frozen=True)
+class _Build:
+    """One run of building an index, seen by one of its processes.
 
-
-def open_index(datastore: Datastore, name: str = "index") -> FaissIndex:
-    """Open an index of a datastore, refusing one that was built from other keys.
-
-    Raises:
-        DatastoreError: The index belongs to another datastore, or is not whole.
+    Attributes:
+        datastore: Whose keys.
+        config: As asked for.
+        training: What is trained, and on what.
+        ranks: This process's place.
+        spans: Time of each stage.
     """
-    path = datastore.folder / f"{name}.faiss"
-    description = _description(path)
-    if not path.exists() or not description.exists():
-        raise DatastoreError(f"{datastore.folder} has no index called {name!r}; build it with build_index.py")
-    report = IndexReport.load(description)
-    try:
-        index = FaissIndex.load(path)
-    except ValueError as error:
-        raise DatastoreError(str(error)) from error
-    if report.datastore_sha256 != datastore.fingerprint or len(index) != len(datastore):
-        raise DatastoreError(
-            f"{path} indexes {len(index)} keys of the datastore {report.datastore_sha256[:12]}, but {datastore.folder} "
-            f"holds {len(datastore)} keys of {datastore.fingerprint[:12]}; build the index again"
+
+    datastore: Datastore
+    config: IndexConfig
+    training: Training
+    ranks: Ranks
+    spans: Spans = field(default_factory=Spans)
+
+    @property
+    def path(self) -> Path:
+        """NAME.faiss."""
+        return index_file(self.datastore.folder, self.config.name)
+
+    @property
+    def description(self) -> Path:
+        """NAME.json."""
+        return description_file(self.datastore.folder, self.config.name)
+
+    def kept(self) -> IndexReport | None:
+        """What is said of the index that makes building needless; None if there is none."""
+        if not self.path.exists() or not self.description.exists():
+            return None
+        try:
+            existing = IndexReport.load(self.description)
+        except DatastoreError as error:
+            log.warning("%s", error)
+            return None
+        if existing.datastore_sha256 != self.training.datastore_sha256:
+            return None
+        if (damaged := existing.damaged(self.path)) is not None:
+            log.warning("%s is damaged; it is built again", damaged)
+            return None
+        wanted = {name: getattr(self.training, name) for name in ("factory", "train_points", "seed", "split_lists")}
+        wanted["layout"] = self.config.layout
+        there = {name: getattr(existing, name) for name in wanted}
+        differences = [f"{name} {there[name]} against {wanted[name]}" for name in wanted if there[name] != wanted[name]]
+        if not differences:
+            self._clean(existing)  # the process may have been killed just before it did
+            log.info("%s is already built: %s over %d entries", self.path, existing.factory, existing.entries)
+            return existing
+        if not self.config.overwrite:
+            raise DatastoreError(
+                f"{self.path} already holds another index: {'; '.join(differences)} (there against wanted). "
+                "Choose another name, or set overwrite: true to replace it."
+            )
+        return None
+
+    def whole(self, index: faiss.Index) -> IndexReport:
+        """Add all entries to one index."""
+        index = self._trained(index).index
+        self._add(index, self.datastore.key_chunks(self.config.chunk), len(self.datastore))
+        return self._finish(index)
+
+    def in_parts(self, index: faiss.Index, ranges: list[range]) -> IndexReport:
+        """Add the entries of each part to an index of its own, and merge these if asked for."""
+
+        def train() -> tuple[Path, str]:
+            self.description.unlink(missing_ok=True)  # of an index that may have parts of the same names
+            trained = self._trained(index)
+            return trained.file, trained.sha256
+
+        file, sha256 = self.ranks.first(train)
+        parts = Parts(self.datastore.folder, self.config.name, self.training, sha256, ranges)
+        self.ranks.each(lambda: self._add_parts(parts, file))
+        return self.ranks.first(lambda: self._finish_parts(parts, file))
+
+    def _trained(self, index: faiss.Index) -> Trained:
+        """Train, unless an earlier run has."""
+        if (trained := load_trained(self.training, self.path)) is not None:
+            self.spans.seconds.update(trained.seconds)
+            log.info("%s was trained before", self.training.factory)
+            return trained
+        with self.spans.span("sample"):
+            sample = self.datastore.sample_keys(self.training.train_points, self.training.seed)
+        with self.spans.span("train"):
+            log.info("training %s on %d of %d keys", self.training.factory, len(sample), len(self.datastore))
+            _train(index, self.training, sample)
+        return save_trained(index, self.training, dict(self.spans.seconds), self.path)
+
+    def _add(self, index: faiss.Index, chunks: Iterable[NDArray[np.float16]], entries: int, what: str = "add") -> None:
+        progress = tqdm(total=entries, desc=what, unit=" keys", unit_scale=True, disable=self.ranks.rank > 0)
+        with self.spans.span("add"), progress:
+            for keys in chunks:
+                with refusing(self.training.factory, "add keys to in their order", "one without IDMap"):
+                    index.add(keys.astype(np.float32))
+                progress.update(len(keys))
+
+    def _add_parts(self, parts: Parts, trained: Path) -> None:
+        """Add the entries of those parts that are this process's to make and not made yet."""
+        keys = MappedKeys(self.datastore)
+        for number in range(self.ranks.rank, len(parts.ranges), self.ranks.size):
+            entries = parts.ranges[number]
+            if parts.finished(number) is not None:
+                log.info("%s is already built: %d entries", parts.file(number), len(entries))
+                continue
+            index = read_index(trained)
+            label = f"add part {number + 1} of {len(parts.ranges)}"
+            self._add(index, keys.chunks(entries, self.config.chunk), len(entries), label)
+            with self.spans.span("write"):
+                parts.save(number, index)
+
+    def _finish_parts(self, parts: Parts, trained: Path) -> IndexReport:
+        made = [parts.finished(number) for number in range(len(parts.ranges))]
+        if (lost := [str(parts.file(number)) for number, part in enumerate(made) if part is None]) != []:
+            raise DatastoreError(f"{', '.join(lost)} changed after being written; run the same command again")
+        index = read_index(trained)
+        if self.config.layout == "shards":
+            return self._finish(index, tuple(part for part in made if part is not None))
+        with self.spans.span("merge"):
+            for number, entries in enumerate(parts.ranges):
+                merge(index, read_index(parts.file(number)), entries.start)
+            clear_padding(index)
+        return self._finish(index)
+
+    def _finish(self, index: faiss.Index, parts: tuple[IndexPart, ...] = ()) -> IndexReport:
+        with self.spans.span("write"):
+            self.description.unlink(missing_ok=True)
+            sha256 = write_index(index, self.path)
+        files = [part_file(self.datastore.folder, self.config.name, number) for number in range(len(parts))]
+        indexes = map(FaissIndex.load, files) if parts else [FaissIndex(index)]
+        report = self._report(indexes, sha256, parts)
+        report.save(self.description)
+        self._clean(report)
+        return report
+
+    def _report(self, indexes: Iterable[FaissIndex], sha256: str, parts: tuple[IndexPart, ...]) -> IndexReport:
+        sizes: list[NDArray[np.int64]] = []
+        lists: list[NDArray[np.int64]] = []
+        for index in indexes:  # one at a time, since all together may not fit into memory
+            if (of_part := index.list_sizes()) is not None and (assigned := index.list_of_entries()) is not None:
+                sizes.append(of_part)
+                lists.append(assigned)
+        tokens = torch.from_numpy(self.datastore.values)
+        return IndexReport(
+            factory=self.training.factory,
+            entries=len(self.datastore),
+            key_size=self.datastore.key_size,
+            nlist=len(sizes[0]) if sizes else None,
+            train_points=self.training.train_points,
+            seed=self.training.seed,
+            split_lists=self.training.split_lists,
+            imbalance_factor=imbalance_factor(torch.from_numpy(np.sum(sizes, axis=0))) if sizes else None,
+            homogeneity=homogeneity(torch.from_numpy(np.concatenate(lists)), tokens) if lists else None,
+            datastore_sha256=self.training.datastore_sha256,
+            faiss_sha256=sha256,
+            seconds={name: round(value, 3) for name, value in self.spans.seconds.items()},
+            parts=parts,
         )
-    return index
+
+    def _clean(self, report: IndexReport) -> None:
+        remove_trained(self.path)
+        remove_parts(self.datastore.folder, self.config.name, kept=len(report.parts))
 
 
-def _description(path: Path) -> Path:
-    return path.with_suffix(".json")
-
-
-def _kept(path: Path, training: Training, config: IndexConfig) -> IndexReport | None:
-    """What is said of the index that makes building needless; None if there is none."""
-    if not path.exists() or not _description(path).exists():
-        return None
-    try:
-        existing = IndexReport.load(_description(path))
-    except DatastoreError as error:
-        log.warning("%s", error)
-        return None
-    if existing.datastore_sha256 != training.datastore_sha256:
-        return None
-    if file_sha256(path) != existing.faiss_sha256:
-        log.warning("%s is damaged; it is built again", path)
-        return None
-    wanted = {name: getattr(training, name) for name in ("factory", "train_points", "seed")}
-    there = {name: getattr(existing, name) for name in wanted}
-    differences = [f"{name} {there[name]} against {wanted[name]}" for name in wanted if there[name] != wanted[name]]
-    if not differences:
-        remove_trained(path)  # the process may have been killed just before it did
-        log.info("%s is already built: %s over %d entries", path, existing.factory, existing.entries)
-        return existing
-    if not config.overwrite:
-        raise DatastoreError(
-            f"{path} already holds another index: {'; '.join(differences)} (there against wanted). "
-            "Choose another name, or set overwrite: true to replace it."
-        )
-    return None
-
-
-def _trained(index: faiss.Index, datastore: Datastore, training: Training, path: Path, spans: Spans) -> faiss.Index:
-    """Train, unless an earlier run has."""
-    if (loaded := load_trained(training, path)) is not None:
-        index, seconds = loaded
-        spans.seconds.update(seconds)
-        log.info("%s was trained before", training.factory)
-        return index
-    with spans.span("sample"):
-        sample = datastore.sample_keys(training.train_points, training.seed)
-    needs_training = not index.is_trained
-    with spans.span("train"):
-        log.info("training %s on %d of %d keys", training.factory, training.train_points, len(datastore))
-        _train(index, training.factory, sample)
-    if needs_training:
-        save_trained(index, training, dict(spans.seconds), path)
-    return index
-
-
-def _make(factory: str, key_size: int) -> faiss.Index:
-    try:
-        index = faiss.index_factory(key_size, factory, faiss.METRIC_L2)
-    except RuntimeError as error:
-        raise ValueError(
-            f"factory is {factory!r}, which FAISS cannot make for keys of {key_size} dimensions ({error}); expected a "
-            "factory string such as Flat, IVF1024,PQ64x4fs or HNSW32, with a number of sub-quantizers that divides D"
-        ) from error
-    if isinstance(index, faiss.IndexRefine):
-        index.k_factor = REFINED
-    return index
-
-
-def _train(index: faiss.Index, factory: str, sample: NDArray[np.float32]) -> None:
-    try:
+def _train(index: faiss.Index, training: Training, sample: NDArray[np.float32]) -> None:
+    expected = (
+        "at least 256 keys for codes of 8 bits (PQ64) and 16 for codes of 4 bits (PQ64x4fs): choose Flat for a small "
+        "datastore"
+    )
+    with refusing(training.factory, f"train on {len(sample)} keys", expected):
+        if training.split_lists:
+            give_centroids(index, sample, training.split_lists, training.seed)
         index.train(sample)
-    except RuntimeError as error:
-        raise ValueError(
-            f"factory is {factory!r}, which FAISS cannot train on {len(sample)} keys ({error}); expected at least 256 "
-            "keys for codes of 8 bits (PQ64) and 16 for codes of 4 bits (PQ64x4fs): choose Flat for a small datastore"
-        ) from error
 
 
 def _train_points(index: faiss.Index, config: IndexConfig) -> int:
@@ -184,32 +253,3 @@ def _train_points(index: faiss.Index, config: IndexConfig) -> int:
         return config.train_points
     ivf = find_ivf(index)
     return 65536 if ivf is None else max(65536, 64 * ivf.nlist)
-
-
-def _check_sample(index: faiss.Index, factory: str, points: int, entries: int) -> None:
-    ivf = find_ivf(index)
-    needed = 0 if ivf is None else ivf.nlist
-    if points < needed:
-        raise ValueError(
-            f"factory is {factory!r} with {needed} lists, but there are only {points} training points of {entries} "
-            f"entries; expected at least {needed}, better 39 per list: ask for fewer lists or more train_points"
-        )
-
-
-def _report(
-    index: FaissIndex, training: Training, sha256: str, datastore: Datastore, seconds: dict[str, float]
-) -> IndexReport:
-    sizes, lists = index.list_sizes(), index.list_of_entries()
-    return IndexReport(
-        factory=training.factory,
-        entries=len(index),
-        key_size=index.key_size,
-        nlist=index.nlist,
-        train_points=training.train_points,
-        seed=training.seed,
-        imbalance_factor=None if sizes is None else imbalance_factor(torch.from_numpy(sizes)),
-        homogeneity=None if lists is None else homogeneity(torch.from_numpy(lists), torch.from_numpy(datastore.values)),
-        datastore_sha256=training.datastore_sha256,
-        faiss_sha256=sha256,
-        seconds={name: round(value, 3) for name, value in seconds.items()},
-    )

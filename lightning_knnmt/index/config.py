@@ -3,7 +3,10 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
+Layout = Literal["whole", "shards"]
+HNSW_LISTS = 16384  # from which on a graph finds a query's lists faster than comparing it with all centroids
 RESERVED = ("manifest", "building", "build")  # whose .json the datastore has
 
 
@@ -16,23 +19,39 @@ class IndexConfig:
         train_points: Keys that k-means and the codes are trained on, drawn uniformly from the whole datastore;
             None: 64 for each list, at least 65,536.
         seed: Seed of the sample.
+        split_lists: Share of the inverted lists that come from splitting the longest ones, which k-means leaves behind
+            where keys are clumped; 0: k-means alone.
         chunk: Keys added at a time.
         name: Files are called NAME.faiss and NAME.json, beside the shards.
         overwrite: Replace an index of that name that was built with other settings; otherwise that is an error.
+        layout: `whole`: one file NAME.faiss. `shards`: entries in files NAME.part-00000.faiss, each of whole shards of
+            the datastore, with the lists and codes trained once in NAME.faiss: building needs the memory of one part
+            only, and several processes can search a part each.
+        part_entries: Least number of entries in a part, but for the last: shards of the datastore are put together
+            until they have as many. A build that is stopped continues from its last whole part; those of a whole index
+            are merged in the end.
     """
 
     factory: str = "auto"
     train_points: int | None = None
     seed: int = 1
+    split_lists: float = 0.0
     chunk: int = 65536
     name: str = "index"
     overwrite: bool = False
+    layout: Layout = "whole"
+    part_entries: int = 1 << 24
 
     def __post_init__(self) -> None:
         if self.train_points is not None and self.train_points < 1:
             raise ValueError(f"train_points is {self.train_points}, expected 1 or more")
-        if self.chunk < 1:
-            raise ValueError(f"chunk is {self.chunk}, expected 1 or more")
+        for name in ("chunk", "part_entries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if not 0 <= self.split_lists < 1:
+            raise ValueError(f"split_lists is {self.split_lists}, expected 0 or more and less than 1")
+        if self.layout not in get_args(Layout):
+            raise ValueError(f"layout is {self.layout!r}, expected one of {', '.join(get_args(Layout))}")
         if not self.name or Path(self.name).name != self.name or "." in self.name:
             raise ValueError(f"name is {self.name!r}, expected a file name without folders and dots")
         if self.name in RESERVED:
@@ -52,13 +71,17 @@ def choose_factory(entries: int, key_size: int) -> str:
     """The factory string behind `auto`.
 
     Exact search up to 5,000 entries. Beyond, lists by the square root of N, codes that FAISS scans in registers, and
-    the first candidates scored again from fp16 keys.
+    the first candidates scored again from fp16 keys. Many lists (from about 134 million entries on) are themselves
+    found through an HNSW graph.
 
     >>> choose_factory(100_000, 128)
     'IVF256,PQ64x4fs,Refine(SQfp16)'
+    >>> choose_factory(1_000_000_000, 1024)
+    'IVF32768_HNSW32,PQ64x4fs,Refine(SQfp16)'
     """
     if entries <= 5000:
         return "Flat"
-    lists = choose_nlist(entries)
+    nlist = choose_nlist(entries)
+    lists = f"{nlist}_HNSW32" if nlist >= HNSW_LISTS else str(nlist)
     sub_quantizers = next(m for m in (64, 32, 16, 8, 4, 2, 1) if key_size % m == 0 and m <= max(1, key_size // 2))
     return f"IVF{lists},PQ{sub_quantizers}x4fs,Refine(SQfp16)"

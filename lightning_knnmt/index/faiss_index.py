@@ -7,6 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_knnmt.datastore.files import durable_file, file_sha256
+from lightning_knnmt.index.layers import at_lists, find_ivf, inverted_lists, returns_hamming
+
+__all__ = ["FaissIndex", "find_ivf", "nearest", "read_index", "write_index"]
 
 Distances = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -17,37 +20,56 @@ faiss.cvar.distance_compute_blas_threshold = min(faiss.cvar.distance_compute_bla
 
 
 class FaissIndex:
-    """A FAISS index over the entries of a datastore.
+    """A FAISS index over the entries of a datastore, in one part or several that were trained as one.
 
     Distances are squared L2, smaller is nearer. Ids are entry numbers.
 
+    Attributes:
+        index: The first part, which is the whole index if there is only one.
+        parts: All parts.
+        first: Number of the first entry.
+
     Args:
-        index: The FAISS index.
+        index: The FAISS index of the first part, or of all entries.
+        others: Those of further parts, whose entries follow.
+        first: Number of the first entry.
+
+    Raises:
+        ValueError: Its distances are not squared L2.
     """
 
-    def __init__(self, index: faiss.Index) -> None:
-        if index.metric_type != faiss.METRIC_L2:
-            raise ValueError(f"the index has FAISS metric {index.metric_type}, expected METRIC_L2 (1); build it anew")
-        self.index = index
-        self._ivf = find_ivf(index)
+    def __init__(self, index: faiss.Index, *others: faiss.Index, first: int = 0) -> None:
+        parts = (index, *others)
+        for part in parts:
+            if part.metric_type != faiss.METRIC_L2:
+                raise ValueError(
+                    f"the index has FAISS metric {part.metric_type}, expected METRIC_L2 (1); build it anew"
+                )
+            if returns_hamming(part):
+                raise ValueError("the index counts bits that differ, expected squared L2 distances; build it anew")
+        self.index, self.parts = index, parts
+        self._starts = first + np.cumsum([0, *(part.ntotal for part in parts)])  # [part -> first entry]
+        self.first = first
+        self._ivfs = [ivf for part in parts if (ivf := find_ivf(part)) is not None]
 
     @classmethod
-    def load(cls, path: Path) -> "FaissIndex":
-        """Read an index file.
+    def load(cls, path: Path, *others: Path, first: int = 0, mmap: bool = False) -> "FaissIndex":
+        """Read index files.
+
+        Args:
+            path: The file of the first part, or of all entries.
+            others: Those of further parts, in order.
+            first: Number of the first entry.
+            mmap: Leave the entries on the disk, where FAISS can.
 
         Raises:
-            FileNotFoundError: It does not exist.
+            FileNotFoundError: One does not exist.
             ValueError: FAISS cannot read it.
         """
-        if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; build it with build_index.py")
-        try:
-            return cls(faiss.read_index(str(path)))
-        except RuntimeError as error:
-            raise ValueError(f"{path} is not an index that FAISS can read ({error}); build it again") from error
+        return cls(*(read_index(each, mmap) for each in (path, *others)), first=first)
 
     def save(self, path: Path) -> str:
-        """Write the index, whole or not at all, and return the file's checksum.
+        """Write the index of a single part, whole or not at all, and return the file's checksum.
 
         Raises:
             DatastoreError: It could not be written.
@@ -55,7 +77,7 @@ class FaissIndex:
         return write_index(self.index, path)
 
     def __len__(self) -> int:
-        return int(self.index.ntotal)
+        return int(self._starts[-1] - self._starts[0])
 
     @property
     def key_size(self) -> int:
@@ -65,14 +87,14 @@ class FaissIndex:
     @property
     def nlist(self) -> int | None:
         """Number of inverted lists; None if the index has none."""
-        return None if self._ivf is None else int(self._ivf.nlist)
+        return int(self._ivfs[0].nlist) if self._ivfs else None
 
     def set_nprobe(self, nprobe: int) -> None:
         """Choose how many lists a query scans; an index without lists has nothing to choose."""
         if nprobe < 1:
             raise ValueError(f"nprobe is {nprobe}, expected 1 or more")
-        if self._ivf is not None:
-            self._ivf.nprobe = min(nprobe, int(self._ivf.nlist))
+        for ivf in self._ivfs:
+            ivf.nprobe = min(nprobe, int(ivf.nlist))
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[Distances, Ids]:
         """The k nearest entries of each query.
@@ -84,33 +106,112 @@ class FaissIndex:
         Returns:
             Squared L2 distances and entry numbers, shapes (R, K); where fewer than K entries were found the rest is
             +inf and −1.
-        """
-        distances, ids = self.index.search(np.ascontiguousarray(queries, np.float32), k)
-        distances[ids < 0] = np.inf
-        return distances, ids
 
-    @property
-    def _lists(self) -> "faiss.InvertedLists | None":
-        return None if self._ivf is None else self._ivf.invlists
+        Raises:
+            ValueError: The queries have another D.
+        """
+        self.check(queries)
+        queries = np.ascontiguousarray(queries, np.float32)
+        found = []
+        for part, start in zip(self.parts, self._starts[:-1], strict=True):
+            distances, ids = part.search(queries, k)
+            distances[ids < 0] = np.inf
+            ids[ids >= 0] += start
+            found.append((distances, ids))
+        return nearest(found, k)
 
     def list_sizes(self) -> NDArray[np.int64] | None:
         """Entries of each inverted list, shape (nlist,)."""
-        lists = self._lists
-        if lists is None:
+        if not self._ivfs:
             return None
-        return np.array([lists.list_size(number) for number in range(lists.nlist)], np.int64)
+        return np.sum([_list_sizes(inverted_lists(ivf)) for ivf in self._ivfs], axis=0)
 
     def list_of_entries(self) -> NDArray[np.int64] | None:
         """The inverted list of each entry, shape (N,)."""  # [entry -> list]
-        lists, sizes = self._lists, self.list_sizes()
-        if lists is None or sizes is None:
+        if not self._ivfs:
             return None
-        assigned = np.empty(len(self), np.int64)
-        for number, size in enumerate(sizes):
-            if size:
-                ids = faiss.rev_swig_ptr(lists.get_ids(number), int(size))
-                assigned[ids] = number
-        return assigned
+        return np.concatenate([_list_of_entries(inverted_lists(ivf), ivf.ntotal) for ivf in self._ivfs])
+
+    def probed_lists(self, queries: NDArray[np.float32], nprobe: int) -> NDArray[np.int64]:
+        """The inverted lists that queries scan, nearest first, whatever transforms and refinements lie around them.
+
+        Args:
+            queries: Shape (R, D).
+            nprobe: Lists of each query; more than there are means all.
+
+        Returns:
+            Shape (R, min(nprobe, nlist)); −1 where a quantizer such as HNSW found no more.
+
+        Raises:
+            ValueError: The index has no inverted lists, or the queries have another D.
+        """
+        self.check(queries)
+        if not self._ivfs:
+            raise ValueError("the index has no inverted lists, expected one whose factory string has IVF")
+        ivf = self._ivfs[0]
+        seen = at_lists(self.index, np.ascontiguousarray(queries, np.float32))
+        return ivf.quantizer.search(seen, min(nprobe, int(ivf.nlist)))[1]
+
+    def codes_scanned(self, queries: NDArray[np.float32], nprobe: int) -> NDArray[np.int64]:
+        """How many entries each query is compared with, shape (R,).
+
+        Args:
+            queries: Shape (R, D).
+            nprobe: Lists of each query.
+
+        Raises:
+            ValueError: The index has no inverted lists, or the queries have another D.
+        """
+        probed = self.probed_lists(queries, nprobe)
+        sizes = self.list_sizes()
+        return np.where(probed >= 0, sizes[probed], 0).sum(1)  # type: ignore[index]
+
+    def check(self, queries: NDArray[np.float32]) -> None:
+        """Refuse queries that are not of shape (R, D).
+
+        Raises:
+            ValueError: They are not.
+        """
+        if queries.ndim != 2 or queries.shape[1] != self.key_size:
+            raise ValueError(f"queries have shape {queries.shape}, expected (R, {self.key_size}) as the index's keys")
+
+
+def nearest(found: "list[tuple[Distances, Ids]]", k: int) -> tuple[Distances, Ids]:
+    """The k nearest of what was found in several places, those of earlier places first if equally near.
+
+    Args:
+        found: Distances and entry numbers, shapes (R, K'), nearest first; +inf and −1 where nothing was found.
+        k: K, no more than all K' together.
+
+    Returns:
+        Shapes (R, K).
+    """
+    if len(found) == 1:
+        return found[0]
+    distances, ids = (np.concatenate(arrays, axis=1) for arrays in zip(*found, strict=True))
+    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
+
+
+def read_index(path: Path, mmap: bool = False) -> faiss.Index:
+    """Read a FAISS index.
+
+    Args:
+        path: The file.
+        mmap: Leave the codes and entry numbers on the disk, and let the operating system keep what is searched often.
+            FAISS 1.15 does so for all but FastScan codes (x4fs, RaBitQfs), which it reads whole; a Refine after them
+            is mapped. The file may be moved, but not written to, while it is open.
+
+    Raises:
+        FileNotFoundError: It does not exist.
+        ValueError: FAISS cannot read it.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; build it with build_index.py")
+    try:
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mmap else 0)
+    except RuntimeError as error:
+        raise ValueError(f"{path} is not an index that FAISS can read ({error}); build it again") from error
 
 
 def write_index(index: faiss.Index, path: Path) -> str:
@@ -129,13 +230,14 @@ def write_index(index: faiss.Index, path: Path) -> str:
     return file_sha256(path)
 
 
-def find_ivf(index: faiss.Index) -> "faiss.IndexIVF | None":
-    """The inverted-file part of an index, under transforms and refinements; None if there is none."""
-    index = faiss.downcast_index(index)
-    if isinstance(index, faiss.IndexIVF):
-        return index
-    if isinstance(index, faiss.IndexPreTransform):
-        return find_ivf(index.index)
-    if isinstance(index, faiss.IndexRefine):
-        return find_ivf(index.base_index)
-    return None
+def _list_sizes(lists: "faiss.InvertedLists") -> NDArray[np.int64]:
+    return np.array([lists.list_size(number) for number in range(lists.nlist)], np.int64)
+
+
+def _list_of_entries(lists: "faiss.InvertedLists", entries: int) -> NDArray[np.int64]:
+    assigned = np.empty(entries, np.int64)
+    for number, size in enumerate(_list_sizes(lists)):
+        if size:
+            ids = faiss.rev_swig_ptr(lists.get_ids(number), int(size))
+            assigned[ids] = number
+    return assigned

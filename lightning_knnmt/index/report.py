@@ -4,8 +4,27 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lightning_knnmt.datastore import DatastoreError
+from lightning_knnmt.datastore.files import file_sha256
+from lightning_knnmt.datastore.index_files import part_file
 from lightning_knnmt.datastore.manifest import check_types
 from lightning_knnmt.datastore.sealed import read_sealed, write_sealed
+from lightning_knnmt.index.config import Layout
+
+
+@dataclass(frozen=True)
+class IndexPart:
+    """A file with some of an index's entries; those of the next part follow.
+
+    Attributes:
+        entries: Entries in it.
+        faiss_sha256: Its checksum.
+    """
+
+    entries: int
+    faiss_sha256: str
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -24,6 +43,8 @@ class IndexReport:
         datastore_sha256: Fingerprint of the datastore's manifest.
         faiss_sha256: Checksum of NAME.faiss.
         seconds: Time of each stage of building.
+        split_lists: Share of the lists that come from splitting the longest.
+        parts: Where the entries are if not in NAME.faiss, which then holds what was trained only.
     """
 
     factory: str
@@ -37,9 +58,31 @@ class IndexReport:
     datastore_sha256: str
     faiss_sha256: str
     seconds: dict[str, float]
+    split_lists: float = 0.0
+    parts: tuple[IndexPart, ...] = ()
 
     def __post_init__(self) -> None:
         check_types(self)
+        if self.parts and sum(part.entries for part in self.parts) != self.entries:
+            raise ValueError(f"its parts have {sum(part.entries for part in self.parts)} of {self.entries} entries")
+
+    @property
+    def layout(self) -> Layout:
+        """Whether the entries are in one file or in parts."""
+        return "shards" if self.parts else "whole"
+
+    def damaged(self, path: Path) -> Path | None:
+        """The first file that is not as it was written.
+
+        Args:
+            path: NAME.faiss.
+        """
+        files = [path, *(part_file(path.parent, path.stem, number) for number in range(len(self.parts)))]
+        sums = [self.faiss_sha256, *(part.faiss_sha256 for part in self.parts)]
+        wrong = (
+            file for file, sha256 in zip(files, sums, strict=True) if not file.is_file() or file_sha256(file) != sha256
+        )
+        return next(wrong, None)
 
     def save(self, path: Path) -> None:
         """Write NAME.json, whole or not at all.
@@ -57,6 +100,8 @@ class IndexReport:
             DatastoreError: It is damaged.
         """
         try:
-            return cls(**read_sealed(path))
+            content = read_sealed(path)
+            content["parts"] = tuple(IndexPart(**part) for part in content.get("parts", ()))
+            return cls(**content)
         except (ValueError, TypeError) as error:
             raise DatastoreError(f"{path} is damaged ({error}); build the index again") from error

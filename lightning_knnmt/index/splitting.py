@@ -6,6 +6,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_knnmt.index.layers import at_lists, find_ivf
+
 
 def split_centroids(
     sample: NDArray[np.float32], nlist: int, share: float = 0.1, iterations: int = 10, seed: int = 1
@@ -50,6 +52,32 @@ def split_centroids(
             heapq.heappush(longest, (-len(members[changed]), changed))
     centroids += centroids[:1] * (nlist - len(centroids))  # fewer different keys than lists: the rest stay empty
     return np.stack(centroids)
+
+
+def give_centroids(index: faiss.Index, sample: NDArray[np.float32], share: float, seed: int) -> None:
+    """Set an untrained index's centroids to those of `split_centroids`; training it then trains its codes only.
+
+    Raises:
+        ValueError: The index has no inverted lists.
+    """
+    ivf = find_ivf(index)
+    if ivf is None:
+        raise ValueError(f"split_lists is {share}, but the index has no inverted lists; expected a factory with IVF")
+    _train_transforms(index, sample)
+    ivf.quantizer.add(split_centroids(at_lists(index, sample), int(ivf.nlist), share, seed=seed))
+
+
+def _train_transforms(index: faiss.Index, sample: NDArray[np.float32]) -> None:
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexRefine):
+        _train_transforms(inner.base_index, sample)
+    if isinstance(inner, faiss.IndexPreTransform):
+        for number in range(inner.chain.size()):  # type: ignore[attr-defined]
+            transform = faiss.downcast_VectorTransform(inner.chain.at(number))  # type: ignore[attr-defined]
+            if not transform.is_trained:
+                transform.train(sample)
+            sample = transform.apply(sample)
+        _train_transforms(inner.index, sample)
 
 
 def _halve(keys: NDArray[np.float32], seed: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]] | None:

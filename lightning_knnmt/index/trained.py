@@ -19,6 +19,7 @@ class Training:
         key_size: D.
         train_points: Size of the sample.
         seed: Its seed.
+        split_lists: Share of the lists that splitting makes.
         datastore_sha256: Fingerprint of the datastore's manifest.
         faiss_version: Of the library.
     """
@@ -27,11 +28,29 @@ class Training:
     key_size: int
     train_points: int
     seed: int
+    split_lists: float
     datastore_sha256: str
     faiss_version: str = faiss.__version__
 
 
-def save_trained(index: faiss.Index, training: Training, seconds: dict[str, float], path: Path) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """What training has made.
+
+    Attributes:
+        index: Trained, without entries.
+        seconds: Time of each stage so far.
+        file: NAME.trained.faiss, where the index is.
+        sha256: Checksum of that file.
+    """
+
+    index: faiss.Index
+    seconds: dict[str, float]
+    file: Path
+    sha256: str
+
+
+def save_trained(index: faiss.Index, training: Training, seconds: dict[str, float], path: Path) -> Trained:
     """Write NAME.trained.faiss and then NAME.trained.json.
 
     Args:
@@ -44,16 +63,18 @@ def save_trained(index: faiss.Index, training: Training, seconds: dict[str, floa
     description.unlink(missing_ok=True)
     sha256 = write_index(index, binary)
     write_sealed(description, {"training": asdict(training), "seconds": seconds, "faiss_sha256": sha256})
+    return Trained(index, seconds, binary, sha256)
 
 
-def load_trained(training: Training, path: Path) -> tuple[faiss.Index, dict[str, float]] | None:
-    """The index that the same training has left, and the time it took; None if there is none."""
+def load_trained(training: Training, path: Path) -> Trained | None:
+    """What the same training has left; None if there is nothing."""
     binary, description = _files(path)
     try:
         content = read_sealed(description)
-        if content["training"] != asdict(training) or file_sha256(binary) != content["faiss_sha256"]:
+        sha256 = content["faiss_sha256"]
+        if content["training"] != asdict(training) or file_sha256(binary) != sha256:
             return None
-        return faiss.read_index(str(binary)), content["seconds"]
+        return Trained(faiss.read_index(str(binary)), content["seconds"], binary, sha256)
     except (OSError, ValueError, KeyError, RuntimeError):  # not there, damaged, or another version's: train again
         return None
 

@@ -1,0 +1,74 @@
+"""FAISS indexes from factory strings, with errors that say what does not fit."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import faiss
+
+from lightning_knnmt.index.layers import find_ivf, innermost, returns_hamming
+
+REFINED = 4  # candidates for each neighbor that a Refine index scores again; FAISS's 1 would only correct distances
+
+
+@contextmanager
+def refusing(factory: str, what: str, expected: str) -> Iterator[None]:
+    """Say which factory string is at fault if FAISS fails.
+
+    Args:
+        factory: The factory string.
+        what: What FAISS is to do, as in "which FAISS cannot …".
+        expected: What would fit.
+
+    Raises:
+        ValueError: FAISS failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        raise ValueError(f"factory is {factory!r}, which FAISS cannot {what} ({error}); expected {expected}") from error
+
+
+def make_index(factory: str, key_size: int) -> faiss.Index:
+    """An index that is neither trained nor filled.
+
+    Args:
+        factory: FAISS factory string.
+        key_size: D.
+
+    Raises:
+        ValueError: FAISS cannot make it, or its distances would not be squared L2.
+    """
+    known = "a factory string such as Flat, IVF1024,PQ64x4fs or HNSW32, with a number of sub-quantizers that divides D"
+    with refusing(factory, f"make for keys of {key_size} dimensions", known):
+        index = faiss.index_factory(key_size, factory, faiss.METRIC_L2)
+    if returns_hamming(index):
+        raise ValueError(
+            f"factory is {factory!r}, whose distances count bits that differ; expected squared L2, from codes such as "
+            "SQ8, PQ64x4fs or RaBitQ2"
+        )
+    if isinstance(index, faiss.IndexRefine):
+        index.k_factor = REFINED
+    if hasattr(codes := innermost(index), "do_polysemous_training"):
+        codes.do_polysemous_training = False  # orders the codes for a search that is not used here, in most of the time
+    return index
+
+
+def check_sample(index: faiss.Index, factory: str, points: int, entries: int) -> None:
+    """Refuse to train more lists than there are points.
+
+    Args:
+        index: Not trained.
+        factory: Its factory string.
+        points: Keys to train on.
+        entries: N.
+
+    Raises:
+        ValueError: There are fewer points than lists.
+    """
+    ivf = find_ivf(index)
+    needed = 0 if ivf is None else ivf.nlist
+    if points < needed:
+        raise ValueError(
+            f"factory is {factory!r} with {needed} lists, but there are only {points} training points of {entries} "
+            f"entries; expected at least {needed}, better 39 per list: ask for fewer lists or more train_points"
+        )

@@ -1,0 +1,80 @@
+"""Built indexes, opened for search."""
+
+from lightning_knnmt.datastore import Datastore, DatastoreError
+from lightning_knnmt.datastore.index_files import description_file, index_file, part_file
+from lightning_knnmt.index.faiss_index import FaissIndex
+from lightning_knnmt.index.report import IndexReport
+
+
+def open_index(datastore: Datastore, name: str = "index", mmap: bool = False) -> FaissIndex:
+    """Open an index of a datastore, refusing one that was built from other keys.
+
+    Args:
+        datastore: What it was built from.
+        name: Its name.
+        mmap: Leave the entries on the disk, for a store larger than memory; lists of FastScan codes are read even so.
+
+    Raises:
+        DatastoreError: The index belongs to another datastore, or is not whole.
+    """
+    report = read_report(datastore, name)
+    return _load(datastore, name, report, range(len(report.parts)), mmap)
+
+
+def open_parts(datastore: Datastore, rank: int, size: int, name: str = "index", mmap: bool = False) -> FaissIndex:
+    """Open one process's share of an index that was built with `layout: shards`.
+
+    Args:
+        datastore: What it was built from.
+        rank: Number of the process, from 0.
+        size: How many processes share the index; with more of them than parts, some get no entries.
+        name: Its name.
+        mmap: Leave the entries on the disk.
+
+    Raises:
+        DatastoreError: The index belongs to another datastore, is not whole, or is in one file.
+    """
+    report = read_report(datastore, name)
+    if not report.parts:
+        raise DatastoreError(
+            f"{index_file(datastore.folder, name)} is one file, expected parts; build the index with layout: shards"
+        )
+    total = len(report.parts)
+    return _load(datastore, name, report, range(rank * total // size, (rank + 1) * total // size), mmap)
+
+
+def read_report(datastore: Datastore, name: str) -> IndexReport:
+    """What is said of an index.
+
+    Raises:
+        DatastoreError: There is none, or it belongs to another datastore.
+    """
+    path, description = index_file(datastore.folder, name), description_file(datastore.folder, name)
+    if not path.exists() or not description.exists():
+        raise DatastoreError(f"{datastore.folder} has no index called {name!r}; build it with build_index.py")
+    report = IndexReport.load(description)
+    if report.datastore_sha256 != datastore.fingerprint or report.entries != len(datastore):
+        raise DatastoreError(
+            f"{path} indexes {report.entries} keys of the datastore {report.datastore_sha256[:12]}, but "
+            f"{datastore.folder} holds {len(datastore)} keys of {datastore.fingerprint[:12]}; build the index again"
+        )
+    return report
+
+
+def _load(datastore: Datastore, name: str, report: IndexReport, numbers: range, mmap: bool) -> FaissIndex:
+    """Load the parts of some numbers; the trained index without entries if there are none."""
+    files = [part_file(datastore.folder, name, number) for number in numbers]
+    files = files or [index_file(datastore.folder, name)]
+    expected = [report.parts[number].entries for number in numbers] or [0 if report.parts else report.entries]
+    first = sum(part.entries for part in report.parts[: numbers.start])
+    try:
+        index = FaissIndex.load(*files, first=first, mmap=mmap)
+    except (FileNotFoundError, ValueError) as error:
+        raise DatastoreError(str(error)) from error
+    for file, part, entries in zip(files, index.parts, expected, strict=True):
+        if (part.ntotal, part.d) != (entries, datastore.key_size):
+            raise DatastoreError(
+                f"{file} holds {part.ntotal} keys of {part.d} dimensions, expected {entries} of {datastore.key_size}; "
+                "build the index again"
+            )
+    return index
