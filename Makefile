@@ -27,6 +27,7 @@ test: install
 demo: install
 	$(BIN)/python prepare_data.py --config configs/data/pretix.yaml
 	$(BIN)/python build_index.py --config configs/demo/build.yaml
+	$(BIN)/python build_index.py --config configs/demo/build_dispersed.yaml
 	$(BIN)/python evaluate.py --config configs/demo/evaluate.yaml
 
 # LibreOffice's help pages; needs apt-get

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from lightning_knnmt.datastore import Provenance
 from lightning_knnmt.datastore.files import file_sha256
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.comet import CometScorer, CometUnavailableError
-from lightning_knnmt.evaluation.comparison import SystemResult, run_systems
+from lightning_knnmt.evaluation.comparison import Contender, SystemResult, run_systems
 from lightning_knnmt.evaluation.report import (
     environment,
     markdown_table,
@@ -28,7 +29,7 @@ from lightning_knnmt.evaluation.report import (
     write_text,
 )
 from lightning_knnmt.evaluation.scores import paired_bootstrap
-from lightning_knnmt.evaluation.tuning import Tune, check_apart, count_stored, tune
+from lightning_knnmt.evaluation.tuning import Tune, Tuning, check_apart, count_stored, tune
 from lightning_knnmt.explanation import explain, explanation_lines
 from lightning_knnmt.plots import plot_list_sizes
 from lightning_knnmt.search import KnnSearch, KnnSettings, open_search
@@ -44,6 +45,7 @@ def evaluate(
     index: str = "index",
     knn: KnnSettings = KnnSettings(),
     tuning: Tune | None = None,
+    others: dict[str, Contender] | None = None,
     decoding: Decoding = Decoding(),
     repeats: int = 3,
     seed: int = 1,
@@ -60,6 +62,8 @@ def evaluate(
         index: Name of the datastore's index.
         knn: Settings of the search, where they are not tuned.
         tuning: Choose the settings on a validation split first; --tuning.help lists its options.
+        others: Other models with datastores of their own, compared with the first in the same run: NAME is reported as
+            the systems NAME and knn_NAME.
         decoding: Beam size, batch size and length.
         repeats: Timed repeats of each system, after one warm-up.
         seed: Seed of each run, in case decoding samples.
@@ -70,31 +74,39 @@ def evaluate(
     validation = [] if tuning is None else list(read_pairs(tuning.validation))
     check_apart(validation, pairs)
     scorer, no_comet = _comet_scorer(comet)
-    tuned = None
-    with open_search(backbone, datastore, index) as search:
-        manifest = search.datastore.manifest
+    with ExitStack() as stack:
+        searches = {"knn": stack.enter_context(open_search(backbone, datastore, index))}
+        for name, other in (others or {}).items():
+            searches[f"knn_{name}"] = stack.enter_context(
+                open_search(_like(backbone, other), other.datastore, other.index)
+            )
+        search = searches["knn"]
         stored = count_stored(search.datastore, {"test": pairs, "validation": validation})
-        if tuning is not None:
-            tuned = tune(search, validation, tuning.grid, decoding)
-            knn = tuned.best
-            log.info("chosen: %s", knn)
-        translators = {"base": Translator(backbone, decoding), "knn": search.translator(knn, decoding)}
-        build = read_build(datastore)
+        tunings = {} if tuning is None else {n: tune(s, validation, tuning.grid, decoding) for n, s in searches.items()}
+        settings = {name: tunings[name].best if tunings else knn for name in searches}
+        knn = settings["knn"]
+        log.info("chosen: %s", "; ".join(f"{name} {chosen}" for name, chosen in settings.items()))
+        translators: dict[str, Translator] = {}
+        for name, each in searches.items():
+            translators[_plain_name(name)] = Translator(each.backbone, decoding)
+            translators[name] = each.translator(settings[name], decoding)
         systems = run_systems(translators, pairs, repeats, seed)
         peak_memory = peak_memory_mb()
         references = [pair.tgt for pair in pairs]
-        significance = {"knn": paired_bootstrap(systems["base"].texts, systems["knn"].texts, references)}
+        base = systems["base"].texts
+        significance = {
+            name: paired_bootstrap(base, systems[name].texts, references) for name in systems if name != "base"
+        }
         if scorer is not None:
             sources = [pair.src for pair in pairs]
             for name, result in systems.items():
                 systems[name] = replace(result, comet=scorer.score(sources, result.texts, references))
+        details = {name: _search_json(each, settings[name], tunings.get(name)) for name, each in searches.items()}
         results = {
-            "systems": {name: system_json(result) for name, result in systems.items()},
+            "systems": {name: system_json(result) | details.get(name, {}) for name, result in systems.items()},
             "significance": significance_json(significance),
-            "index": asdict(search.report),
-            "build": {"encode": build["encode"], "index": build["indexes"].get(index)},
-            "tuning": None if tuned is None else tuned.to_json(),
             "comet": {"model": comet, "missing": no_comet},
+            **{part: details["knn"][part] for part in ("index", "build", "tuning")},
             "settings": {
                 "knn": asdict(knn),
                 "grid": None if tuning is None else asdict(tuning.grid),
@@ -104,24 +116,48 @@ def evaluate(
                 "test": _split_json(test, pairs),
                 "validation": None if tuning is None else _split_json(tuning.validation, validation),
                 "model": asdict(Provenance.of(backbone)) | {"dtype": _dtype(backbone)},
-                "datastore": {"folder": datastore, "index": index} | asdict(manifest),
+                "datastore": {"folder": datastore, "index": index} | asdict(search.datastore.manifest),
                 "sources_in_datastore": stored,
                 **environment(backbone.device),
             },
             "cut_texts": backbone.cut_texts,
             "peak_memory_mb": peak_memory,
         }
-        table = markdown_table(systems, significance)
+        table = markdown_table(systems, significance, {name: each.report for name, each in searches.items()})
         note = "" if comet is None or no_comet is None else f"\n\nNo COMET scores: {no_comet}"
         write_json(out / "results.json", results)
         write_text(out / "results.md", f"{table}\n\n{settings_line(results)}{note}")
         write_text(out / "translate.yaml", translate_config(backbone, datastore, index, knn, decoding))
-        sizes = search.index.list_sizes()
-        if sizes is not None:
-            plot_list_sizes({search.report.factory: sizes}, out / "cluster_sizes.png")
+        sizes = {name: each.index.list_sizes() for name, each in searches.items()}
+        if lists := {f"{name}: {searches[name].report.factory}": n for name, n in sizes.items() if n is not None}:
+            plot_list_sizes(lists, out / "cluster_sizes.png")
         _show_examples(search, knn, decoding, pairs, systems, examples)
     log_cut(backbone)
     log.info("\n%s\n\n%s\n\nwritten to %s", table, settings_line(results) + note, out / "results.json")
+
+
+def _like(backbone: Backbone, other: Contender) -> Backbone:
+    """Another model, read in the same way."""
+    return Backbone(
+        other.model, backbone.key_type, backbone.src_lang, backbone.tgt_lang, _dtype(backbone), str(backbone.device),
+        backbone.src_prefix,
+    )  # fmt: skip
+
+
+def _plain_name(name: str) -> str:
+    """The plain model of a system with neighbors."""
+    return "base" if name == "knn" else name.removeprefix("knn_")
+
+
+def _search_json(search: KnnSearch, settings: KnnSettings, tuned: Tuning | None) -> dict[str, Any]:
+    """What a system with neighbors searches, and how it was chosen."""
+    build = read_build(search.datastore.folder)
+    return {
+        "knn": asdict(settings),
+        "index": asdict(search.report),
+        "build": {"encode": build["encode"], "index": build["indexes"].get(search.index_name)},
+        "tuning": None if tuned is None else tuned.to_json(),
+    }
 
 
 def _comet_scorer(model: str | None) -> tuple[CometScorer | None, str | None]:
@@ -140,7 +176,7 @@ def _split_json(corpus: CorpusFile, pairs: Sequence[Pair]) -> dict[str, Any]:
     return asdict(corpus) | {"sentences": len(pairs), "sha256": [file_sha256(path) for path in files]}
 
 
-def _dtype(backbone: Backbone) -> str:
+def _dtype(backbone: Backbone) -> Any:
     return str(backbone.model.dtype).removeprefix("torch.")
 
 

@@ -15,31 +15,14 @@ import common
 import faiss
 import numpy as np
 import torch
+from stores import make_store
 from torch import Tensor
 
 from lightning_knnmt.combiners import FixedCombiner
-from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.datastore import Datastore, Manifest, Provenance, ShardInfo
-from lightning_knnmt.datastore.files import file_sha256
-from lightning_knnmt.datastore.shard import ShardWriter
 from lightning_knnmt.index import IndexConfig, build_index, open_index
 from lightning_knnmt.retrieval import DatastoreRetriever, Neighbors
 
 GOAL = 1.3
-
-
-def make_store(folder: Path, entries: int, key_size: int, vocabulary: int, rng: np.random.Generator) -> Datastore:
-    """A datastore of clumpy keys whose tokens are as skewed as words are."""
-    values = (rng.zipf(1.2, entries) % vocabulary).astype(np.int32)
-    centers = rng.normal(size=(512, key_size))
-    keys = (2 * centers[values % 512] + rng.normal(size=(entries, key_size))).astype(np.float16)
-    path = folder / "shard-00000.h5"
-    with ShardWriter(path, entries, 1, key_size) as writer:
-        writer.append(keys, values, [entries], [Pair("source", "target")], [0])
-    provenance = Provenance("benchmark", "0" * 64, "0" * 64, "decoder_output", key_size, None, None)
-    shard = ShardInfo(path.name, entries, 1, file_sha256(path))
-    Manifest(provenance, "benchmark", "0" * 64, {}, entries, (shard,)).save(folder)
-    return Datastore(folder)
 
 
 def dense_reference(logits: Tensor, neighbors: Neighbors, lambda_: float, temperature: float) -> Tensor:

@@ -13,8 +13,7 @@ from numpy.typing import NDArray
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.functional.clusters import imbalance_factor
 from lightning_knnmt.functional.dispersion.directions import angle, directions
-from lightning_knnmt.index import FaissIndex, open_index
-from lightning_knnmt.index.faiss_index import find_ivf
+from lightning_knnmt.index import open_index
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,12 @@ class StoreSample:
     Attributes:
         sizes: Entries of each inverted list, shape (nlist,).
         keys: A uniform sample of the keys, shape (N, D).
-        probed: The lists that these keys, as queries, scan with growing nprobe, shape (N, nprobe), nearest list first;
-            None if the index transforms queries out of reach (`probed_lists`).
+        probed: The lists that these keys, as queries, scan with growing nprobe, shape (N, nprobe), nearest list first.
     """
 
     sizes: NDArray[np.int64]
     keys: NDArray[np.float32]
-    probed: NDArray[np.int64] | None
+    probed: NDArray[np.int64]
 
     @property
     def imbalance_factor(self) -> float:
@@ -63,30 +61,7 @@ def sample_store(
                 "build it with build_index.py under another name"
             )
         keys = store.sample_keys(size, seed)
-    return StoreSample(sizes, keys, probed_lists(index, keys, nprobe))
-
-
-def probed_lists(index: FaissIndex, queries: NDArray[np.float32], nprobe: int) -> NDArray[np.int64] | None:
-    """The inverted lists that queries scan, nearest first.
-
-    Args:
-        index: One with inverted lists.
-        queries: Shape (R, D).
-        nprobe: Lists of each query; more than there are means all.
-
-    Returns:
-        Shape (R, min(nprobe, nlist)); None if a transform such as OPQ or PCA lies under a refinement, whose
-        parameters FAISS does not hand out.
-    """
-    ivf, outer = find_ivf(index.index), index.index
-    if ivf is None:
-        raise ValueError("the index has no inverted lists, expected one whose factory string has IVF")
-    if hasattr(outer, "chain"):
-        for number in range(outer.chain.size()):
-            queries = outer.chain.at(number).apply(queries)
-    elif hasattr(outer, "base_index") and not _same_object(outer.base_index, ivf):
-        return None
-    return ivf.quantizer.search(np.ascontiguousarray(queries, np.float32), min(nprobe, int(ivf.nlist)))[1]
+    return StoreSample(sizes, keys, index.probed_lists(keys, nprobe))
 
 
 def plot_list_sizes(sizes: Mapping[str, NDArray[np.int64]], path: Path) -> None:
@@ -164,7 +139,7 @@ def search_cost_figure(stores: Mapping[str, StoreSample]) -> Figure:
     for number, (label, store) in enumerate(stores.items()):
         color = f"C{number}"
         entries, nlist = store.sizes.sum(), len(store.sizes)
-        largest = min(128, nlist) if store.probed is None else store.probed.shape[1]
+        largest = store.probed.shape[1]
         nprobe = 2 ** np.arange(np.log2(largest) + 1).astype(int)
         even = nprobe * entries / nlist
         expected = np.minimum(entries, even * store.imbalance_factor)
@@ -173,10 +148,9 @@ def search_cost_figure(stores: Mapping[str, StoreSample]) -> Figure:
         right.plot(
             nprobe, expected / even, color=color, label=f"{label}: imbalance factor {store.imbalance_factor:.2f}"
         )
-        if store.probed is not None:
-            scanned = codes_scanned(store.sizes, store.probed)[nprobe - 1]
-            left.plot(nprobe, scanned, "o", color=color, label=f"{name}: measured")
-            right.plot(nprobe, scanned / even, "o", color=color, label=f"{label}: measured")
+        scanned = codes_scanned(store.sizes, store.probed)[nprobe - 1]
+        left.plot(nprobe, scanned, "o", color=color, label=f"{name}: measured")
+        right.plot(nprobe, scanned / even, "o", color=color, label=f"{label}: measured")
     right.axhline(1, color="black", linestyle=":", label="even lists")
     left.set(title="Codes scanned", ylabel="codes scanned per query", yscale="log")
     right.set(title="Relative to even lists", ylabel="codes scanned / (nprobe · N / nlist)", ylim=(0, None))
@@ -194,7 +168,7 @@ def codes_scanned(sizes: NDArray[np.int64], probed: NDArray[np.int64]) -> NDArra
 
     Args:
         sizes: Entries of each list, shape (nlist,).
-        probed: Lists of each query, nearest first, shape (R, nprobe).
+        probed: Lists of each query, nearest first, shape (R, nprobe); −1 for none.
 
     Returns:
         Shape (nprobe,).
@@ -202,12 +176,7 @@ def codes_scanned(sizes: NDArray[np.int64], probed: NDArray[np.int64]) -> NDArra
     >>> codes_scanned(np.array([3, 1, 0]), np.array([[0, 1, 2], [2, 1, 0]])).tolist()
     [1.5, 2.5, 4.0]
     """
-    return sizes[probed].mean(axis=0).cumsum()
-
-
-def _same_object(one: object, other: object) -> bool:
-    """Whether two of FAISS's proxies stand for one object."""
-    return int(one.this) == int(other.this)  # type: ignore[attr-defined]
+    return np.where(probed >= 0, sizes[probed], 0).mean(axis=0).cumsum()
 
 
 def _legend_below(axes: Axes) -> None:

@@ -46,8 +46,14 @@ class Domain:
         return json.loads(text, parse_constant=refuse)
 
     def sources(self, split: str) -> list[str]:
+        return [pair["src"] for pair in self._pairs(split)]
+
+    def references(self, split: str) -> list[str]:
+        return [pair["tgt"] for pair in self._pairs(split)]
+
+    def _pairs(self, split: str) -> list[dict[str, str]]:
         lines = (self.root / "data" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line)["src"] for line in lines]
+        return [json.loads(line) for line in lines]
 
 
 def make_domain(root: Path, marian_folder: Path) -> Domain:

@@ -18,6 +18,7 @@ from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.datastore.files import file_sha256
 from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.evaluation.scores import corpus_scores
 
 
 def test_a_memorised_domain_makes_knn_better_than_a_random_model(domain: Domain):
@@ -126,6 +127,32 @@ def test_evaluate_refuses_the_store_of_another_model(
     other = tiny_folder_of("marian")
     args = ("--config", domain.root / "evaluate.yaml", "--backbone.model", other)
     expect_error(capsys, evaluate.evaluate, *args, expected=f"does not fit the model {other}: model {domain.model} (")
+
+
+def test_another_model_is_compared_with_a_datastore_of_its_own(
+    domain: Domain, tiny_folder_of: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    model, store = str(tiny_folder_of("marian")), str(tmp_path / "store")
+    options = ("--backbone.model", model, "--datastore.folder", store, "--index.factory", "IVF2,Flat")
+    run(build_index.build, "--config", domain.root / "build.yaml", *options)
+    others = write_config(tmp_path / "others.yaml", {"others": {"dispersed": {"model": model, "datastore": store}}})
+    args = ("--config", domain.root / "evaluate.yaml", "--config", others, "--repeats", "1")
+    run(evaluate.evaluate, *args, "--out", tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    systems = results["systems"]
+    assert list(systems) == ["base", "knn", "dispersed", "knn_dispersed"]
+    assert systems["knn_dispersed"]["index"]["nlist"] == 2
+    assert systems["knn"]["index"] == results["index"] == domain.results["index"]
+    assert systems["knn_dispersed"]["tuning"]["best"] == systems["knn_dispersed"]["knn"]
+    assert set(results["significance"]) == {"knn", "dispersed", "knn_dispersed"}
+    sources = domain.sources("test")
+    texts = Translator(Backbone(model, device="cpu"), Decoding(**DECODING)).translate(sources).texts
+    assert systems["dispersed"]["bleu"] == pytest.approx(
+        corpus_scores(texts, domain.references("test")).bleu.value, abs=1e-3
+    )
+    swapped = {"others": {"dispersed": {"model": str(domain.model), "datastore": store}}}
+    args = ("--config", domain.root / "evaluate.yaml", "--config", write_config(tmp_path / "swapped.yaml", swapped))
+    expect_error(capsys, evaluate.evaluate, *args, expected=f"does not fit the model {domain.model}: model {model} (")
 
 
 @pytest.mark.parametrize("validation", ["test", "validation plus one"])

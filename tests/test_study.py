@@ -65,3 +65,18 @@ def test_balance_of_clumped_keys_by_training_sample(tmp_path: Path) -> None:
     assert len(found) == 9 and "another datastore" not in found
     assert all(row["imbalance_factor"] >= 1 and 0 < row["scanned"] <= 1 for row in found.values())
     assert found["long lists split, 30%"]["largest_list"] < found["uniform sample"]["largest_list"]
+
+
+def test_a_step_of_the_last_block_is_measured_against_the_whole_models(
+    marian_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import train_step
+
+    path = tmp_path / "out.json"
+    sizes = ("--sentences", "2", "--length", "6", "--repeats", "2")
+    train_step.main(["--model", str(marian_folder), "--quick", "--json", str(path), *sizes])
+    result = json.loads(path.read_text())
+    medians, ratios = result["median_ms"], result["ratios"]
+    assert ratios[train_step.FULL] == 1
+    assert all(ratios[name] == pytest.approx(medians[name] / medians[train_step.FULL], abs=1e-2) for name in medians)
+    assert f"ratio {ratios['last block, sliced dispersion']}" in capsys.readouterr().out

@@ -4,6 +4,7 @@ import logging
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,21 @@ from lightning_knnmt.decoding import Translations, Translator
 from lightning_knnmt.evaluation.scores import CorpusScores, Score, corpus_scores
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Another model with its own datastore, such as one whose keys were dispersed.
+
+    Attributes:
+        model: Hub name or folder; it reads the same languages as the first model.
+        datastore: Folder of a datastore built from it.
+        index: Name of that datastore's index.
+    """
+
+    model: str
+    datastore: Path
+    index: str = "index"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from lightning_knnmt.datastore.manifest import library_versions
 from lightning_knnmt.evaluation.comparison import SystemResult
 from lightning_knnmt.evaluation.scores import PairedBootstrap
+from lightning_knnmt.index import IndexReport
 
 BUILD_FILE = "build.json"  # in a datastore's folder, with the time and memory that building took
 
@@ -48,9 +49,33 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def markdown_table(systems: Mapping[str, SystemResult], significance: Mapping[str, PairedBootstrap]) -> str:
-    """A table of all systems, the first of which is what the others are compared with."""
-    rows = [["system", "BLEU", "chrF", "COMET", "tokens/s", "relative speed", "time in search", "ΔBLEU (95 %)", "p"]]
+def markdown_table(
+    systems: Mapping[str, SystemResult],
+    significance: Mapping[str, PairedBootstrap],
+    indexes: Mapping[str, IndexReport] | None = None,
+) -> str:
+    """A table of all systems, the first of which is what the others are compared with.
+
+    Args:
+        systems: Results by name.
+        significance: Comparisons with the first system, by name.
+        indexes: Of the systems with neighbors, by name.
+    """
+    rows = [
+        [
+            "system",
+            "BLEU",
+            "chrF",
+            "COMET",
+            "tokens/s",
+            "relative speed",
+            "time in search",
+            "imbalance",
+            "ΔBLEU (95 %)",
+            "p",
+        ]
+    ]
+    imbalances = {name: index.imbalance_factor for name, index in (indexes or {}).items()}
     first = next(iter(systems.values())).speed.tokens_per_second
     for name, result in systems.items():
         bleu = significance[name].bleu if name in significance else None
@@ -63,6 +88,7 @@ def markdown_table(systems: Mapping[str, SystemResult], significance: Mapping[st
                 f"{result.speed.tokens_per_second:.0f}",
                 f"{result.speed.tokens_per_second / first:.2f}" if first else "–",
                 f"{result.speed.search_share:.0%}",
+                "" if (imbalance := imbalances.get(name)) is None else f"{imbalance:.2f}",
                 f"{bleu.delta:+.1f} ({bleu.low:+.1f} to {bleu.high:+.1f})" if bleu else "",
                 f"{bleu.p_value:.3f}" if bleu else "",
             ]
