@@ -34,13 +34,14 @@ from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError
 from lightning_knnmt.datastore.encoder import ShardWriter
 from lightning_knnmt.datastore.files import PartialFile
 from lightning_knnmt.datastore.manifest import BUILDING
+from lightning_knnmt.datastore.mapped_keys import MappedKeys
 from lightning_knnmt.datastore.verify import verify
 from lightning_knnmt.index import IndexConfig, build_index
 from lightning_knnmt.index import builder as index_builder
 
-STAGES = ("encode", "train", "add", "write")
+STAGES = ("encode", "train", "add", "merge", "write")
 PAUSE = 0.004  # seconds that each step of a build is drawn out, so that a kill can fall into it
-INDEX = IndexConfig("IVF4,PQ4x4fs,Refine(SQfp16)", chunk=60)
+INDEX = IndexConfig("IVF4,PQ4x4fs,Refine(SQfp16)", chunk=60, part_entries=200)
 NOT_COMPARED = ("writer.lock",)  # who wrote last
 
 
@@ -87,16 +88,17 @@ def _draw_out(tell: Callable[[str], None]) -> None:
 
     ShardWriter.append = drawn_out("encode", ShardWriter.append)  # type: ignore[method-assign]
     index_builder._train = drawn_out("train", index_builder._train)
+    index_builder.merge = drawn_out("merge", index_builder.merge)
     PartialFile.finish = drawn_out("write", PartialFile.finish)  # type: ignore[method-assign]
-    chunks = Datastore.key_chunks
+    chunks = MappedKeys.chunks
 
-    def slow_chunks(store: Datastore, chunk: int) -> Any:
-        for keys in chunks(store, chunk):
+    def slow_chunks(stored: MappedKeys, entries: range, chunk: int) -> Any:
+        for keys in chunks(stored, entries, chunk):
             tell("add")
             yield keys
             time.sleep(PAUSE)
 
-    Datastore.key_chunks = slow_chunks  # type: ignore[method-assign, assignment]
+    MappedKeys.chunks = slow_chunks  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

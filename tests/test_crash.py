@@ -146,7 +146,7 @@ def test_training_that_was_finished_is_not_repeated(
     monkeypatch.setattr(crash.index_builder, "_train", None)  # training again would fail
     with crash.Datastore(folder) as store:
         report = crash.build_index(store, crash.INDEX)
-    assert set(report.seconds) == {"sample", "train", "add", "write"}
+    assert set(report.seconds) == {"sample", "train", "add", "merge", "write"}
     assert crash.differences(crash.contents(folder), crashes.expected) == []
 
 

@@ -80,3 +80,18 @@ def test_a_step_of_the_last_block_is_measured_against_the_whole_models(
     assert ratios[train_step.FULL] == 1
     assert all(ratios[name] == pytest.approx(medians[name] / medians[train_step.FULL], abs=1e-2) for name in medians)
     assert f"ratio {ratios['last block, sliced dispersion']}" in capsys.readouterr().out
+
+
+def test_curves_are_drawn_of_what_the_callback_logged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import curves
+
+    names = ["step", "train/loss", *curves.PANELS]
+    rows = [["9", "5.0", "", "", ""], ["99", "", "4.0", "1.5", "0.4"], ["199", "", "3.0", "1.25", "0.2"]]
+    path = tmp_path / "metrics.csv"
+    path.write_text("".join(",".join(row) + "\n" for row in [names, *rows]))
+    curves.main([f"tiny={path}", "--picture", str(tmp_path / "curves.png")])
+    assert "| tiny | 200  | 3.00" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+    path.write_text("step,val/loss\n9,1.0\n")
+    with pytest.raises(ValueError, match="train with the callback IndexHealth"):
+        curves.main([f"tiny={path}"])
