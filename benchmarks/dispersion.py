@@ -148,13 +148,13 @@ def trained_table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def scored_table(results: dict[str, dict[str, Any]], references: list[str]) -> str:
-    """Translation quality; intervals are of the difference from the first row, with neighbors each."""
+    """Translation quality; Δ is from fine-tuning without dispersion (else the first row), with neighbors each."""
     rows = [["model", "BLEU", "chrF", "kNN BLEU", "kNN chrF", "Δ kNN BLEU (95 %)", "imbalance", "homogeneity", "MRL"]]
-    first = next(iter(results.values()))
+    reference = results.get(Variant("sliced", 0).name) or next(iter(results.values()))
     for name, result in results.items():
         plain, knn, index = result["base"], result["knn"], result["index"]
-        bleu = paired_bootstrap(first["knn"]["texts"], knn["texts"], references).bleu
-        interval = f"{bleu.delta:+.1f} ({bleu.low:+.1f} to {bleu.high:+.1f})" if result is not first else ""
+        bleu = paired_bootstrap(reference["knn"]["texts"], knn["texts"], references).bleu
+        interval = f"{bleu.delta:+.1f} ({bleu.low:+.1f} to {bleu.high:+.1f})" if result is not reference else ""
         rows.append(
             [
                 name, *(f"{part[metric]:.1f}" for part in (plain, knn) for metric in ("bleu", "chrf")), interval,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from lightning_knnmt.evaluation.report import table
 
@@ -188,7 +189,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         panel.set_xlabel(f"µs per query (batches of {batch})")
         panel.set_ylabel("error of the kNN distribution (total variation)")
         for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter("{x:,g}")
+            axis.set_minor_formatter(NullFormatter())
         panel.grid(True, which="major", linewidth=0.4)
     handles = [Line2D([], [], color=color, marker=marker, label=factory) for factory, (color, marker) in style.items()]
     handles.append(
