@@ -1,11 +1,15 @@
 """Build a datastore and its index: ``python build_index.py --config configs/demo/build.yaml``.
 
+``python build_index.py plan --config configs/demo/build.yaml`` says before what that will take.
 ``python build_index.py verify --folder runs/demo/store`` checks every file of one against its checksum.
+``append --config … --datastore.corpus.path new.jsonl``, ``remove --folder … --document NAME`` and
+``compact --folder …`` change one; what is searched meanwhile is the datastore as it was.
 ``torchrun --nproc-per-node 2 build_index.py --config … --processes.devices 2`` builds in two processes, as does the
 same line without ``torchrun``.
 """
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -19,9 +23,12 @@ from lightning_knnmt.cli import USER_ERROR, log_cut, peak_memory_mb, run_script
 from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError, build_datastore
 from lightning_knnmt.datastore.builder import DatastoreBuild
 from lightning_knnmt.datastore.ranks import Processes
+from lightning_knnmt.datastore.removal import remove_documents
 from lightning_knnmt.datastore.verify import verify
 from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, write_json
 from lightning_knnmt.index import IndexConfig, IndexReport, build_index, open_index
+from lightning_knnmt.index.updating import Change, append_pairs, compact
+from lightning_knnmt.planning import plan
 
 log = logging.getLogger("lightning_knnmt.build_index")
 
@@ -115,7 +122,67 @@ def verify_datastore(folder: Path) -> None:
     log.info("%s is whole", folder)
 
 
-COMMANDS: dict[str, Callable[..., None]] = {"build": build, "verify": verify_datastore}
+def append(
+    backbone: Backbone,
+    datastore: DatastoreConfig,
+    index: IndexConfig = IndexConfig(),
+    processes: Processes = Processes(),
+) -> None:
+    """Append the pairs of a corpus to a datastore and to all of its indexes; those that are stored are skipped.
+
+    Args:
+        backbone: The model that the datastore was built with.
+        datastore: The corpus to append, and the datastore's folder.
+        index: As in the configuration of `build`; indexes keep the settings that they were built with.
+        processes: As in the configuration of `build`; one process appends.
+    """
+    change = append_pairs(backbone, datastore)
+    log.info("%d pairs appended, %d were stored before", change.pairs, change.known)
+    _log_change(change)
+    log_cut(backbone)
+
+
+def remove(folder: Path, document: list[str]) -> None:
+    """Remove documents from a datastore: from the next time it is opened, no search finds them.
+
+    Args:
+        folder: The datastore.
+        document: Name of a document, as it is stored with its pairs; may be given several times.
+    """
+    done = remove_documents(folder, document)
+    log.info("%d pairs with %d entries removed", done.pairs, done.entries)
+    log.info("%d of %d entries are removed and take room until `compact`", done.removed, done.total)
+
+
+def compact_datastore(folder: Path) -> None:
+    """Write a datastore anew without what was removed, put small shards together, and train its indexes again.
+
+    Args:
+        folder: The datastore.
+    """
+    change = compact(folder)
+    log.info("%d removed pairs cleared away", change.pairs)
+    _log_change(change)
+
+
+def _log_change(change: Change) -> None:
+    manifest = change.manifest
+    log.info("%d entries of %d pairs in %d shards", manifest.entries, manifest.pairs, len(manifest.shards))
+    for name, report in change.indexes.items():
+        even = "" if report.imbalance_factor is None else f", imbalance factor {report.imbalance_factor:.2f}"
+        then = report.trained_imbalance_factor
+        after = "" if then is None else f" ({then:.2f} when trained)"
+        log.info("index %s: %s, %d entries added since training%s%s", name, report.factory, report.added, even, after)
+
+
+COMMANDS: dict[str, Callable[..., object]] = {
+    "build": build,
+    "plan": plan,
+    "verify": verify_datastore,
+    "append": append,
+    "remove": remove,
+    "compact": compact_datastore,
+}
 
 
 def main(args: list[str]) -> None:
@@ -127,7 +194,12 @@ def main(args: list[str]) -> None:
     if command not in COMMANDS:
         sys.stderr.write(f"error: the command is {command!r}, expected one of {', '.join(COMMANDS)}\n")
         sys.exit(USER_ERROR)
-    run_script(COMMANDS[command], args)
+    run_script(COMMANDS[command], spell_out(command, args))
+
+
+def spell_out(command: str, args: list[str]) -> list[str]:
+    """Arguments as jsonargparse takes them: each --document adds one, as its --document+ does."""
+    return [re.sub(r"^--document(?==|$)", "--document+", arg) for arg in args] if command == "remove" else args
 
 
 if __name__ == "__main__":

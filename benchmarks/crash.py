@@ -98,7 +98,7 @@ def _draw_out(tell: Callable[[str], None]) -> None:
             yield keys
             time.sleep(PAUSE)
 
-    MappedKeys.chunks = slow_chunks  # type: ignore[method-assign]
+    MappedKeys.chunks = slow_chunks  # type: ignore[method-assign, assignment]
 
 
 @dataclass(frozen=True)

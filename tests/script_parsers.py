@@ -10,15 +10,17 @@ from unittest.mock import patch
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, capture_parser
 
+from build_index import spell_out
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = tuple(sorted(path.name for path in ROOT.glob("*.py")))
 
 
 @cache
-def parser_of(script: str) -> ArgumentParser:
-    """The parser that a script at the top of the repository makes, seized before it parses."""
+def parser_of(script: str, command: str | None = None) -> ArgumentParser:
+    """The parser that a script at the top of the repository makes, for one of its commands, seized before it parses."""
     path = str(ROOT / script)
-    with patch.object(sys, "argv", [path]):
+    with patch.object(sys, "argv", [path] if command is None else [path, command]):
         parser = capture_parser(runpy.run_path, path, run_name="__main__")
     parser.exit_on_error = False
     return parser
@@ -31,8 +33,12 @@ def parse(script: str, args: list[str]) -> Namespace:
         ArgumentError: The script does not take them.
     """
     messages = io.StringIO()
+    command = None
+    if script == "build_index.py" and args and not args[0].startswith("-"):  # each command has a parser of its own
+        command, *args = args
+        args = spell_out(command, args)
     try:
         with redirect_stderr(messages):
-            return parser_of(script).parse_args(args)
+            return parser_of(script, command).parse_args(args)
     except SystemExit as error:  # the parser of a subcommand
         raise ArgumentError(None, messages.getvalue().split("error: ")[-1]) from error

@@ -20,6 +20,7 @@ from lightning_knnmt.data.readers import CorpusFile, ReadReport, read_pairs
 from lightning_knnmt.datastore.encoder import TOKENIZED_AT_ONCE, Item, cut, items_of, one_ahead, write_shard
 from lightning_knnmt.datastore.errors import DatastoreError
 from lightning_knnmt.datastore.files import file_sha256, sync_folder
+from lightning_knnmt.datastore.leftovers import remove_leftovers
 from lightning_knnmt.datastore.lock import only_writer
 from lightning_knnmt.datastore.manifest import (
     BUILDING,
@@ -28,8 +29,6 @@ from lightning_knnmt.datastore.manifest import (
     Provenance,
     ShardInfo,
     finish_building,
-    remove_other_shards,
-    shard_name,
 )
 from lightning_knnmt.datastore.ranks import Ranks
 
@@ -109,7 +108,7 @@ def build_datastore(backbone: Backbone, config: DatastoreConfig, ranks: Ranks = 
     planned = Manifest(
         provenance=Provenance.of(backbone),
         corpus=config.corpus.path.name,
-        corpus_sha256=_corpus_sha256(config.corpus),
+        corpus_sha256=corpus_sha256(config.corpus),
         reading=_reading(config.corpus),
         shard_entries=config.shard_entries,
         shards=(),
@@ -132,10 +131,10 @@ def build_datastore(backbone: Backbone, config: DatastoreConfig, ranks: Ranks = 
             begun.save(folder, BUILDING)
             (folder / FILE_NAME).unlink(missing_ok=True)
             sync_folder(folder)
-            remove_other_shards(folder, begun.shards)
+            remove_leftovers(folder, begun)
 
         ranks.first(begin)
-        manifest = _encode_rest(backbone, config, begun, total, shards, ranks)
+        manifest = encode_rest(backbone, config, begun, total, shards, ranks)
         ranks.first(lambda: finish_building(folder))
     log.info("%s: %d entries of %d pairs in %d shards", folder, manifest.entries, manifest.pairs, len(manifest.shards))
     return DatastoreBuild(manifest, manifest.entries - begun.entries, kept=False)
@@ -186,17 +185,26 @@ def _items_of_spans(backbone: Backbone, pairs: Iterator[Pair], spans: list[range
         position = span.stop
 
 
-def _encode_rest(
+def encode_rest(
     backbone: Backbone, config: DatastoreConfig, begun: Manifest, total: int, shards: Iterator[list[Item]], ranks: Ranks
 ) -> Manifest:
-    """Add the missing shards, of which each rank writes one in every round."""
+    """Add the missing shards, of which each rank writes one in every round.
+
+    Args:
+        backbone: The model.
+        config: Folder and sizes.
+        begun: What there is; grows in `building.json`.
+        total: Pairs of the whole datastore.
+        shards: The pairs of each further shard that falls to this rank.
+        ranks: This process's place.
+    """
     folder = config.folder
     label = f"encode {config.corpus.path.name}"
 
     def write_next() -> ShardInfo | None:
         if (items := next(ahead, None)) is None:
             return None
-        path = folder / shard_name(len(begun.shards) + ranks.rank)
+        path = folder / begun.next_shard(ranks.rank)
         write_shard(backbone, items, path, config.max_tokens, config.max_padding, progress.update)
         return ShardInfo(path.name, sum(len(item.tgt) for item in items), len(items), file_sha256(path))
 
@@ -227,9 +235,15 @@ def _kept(planned: Manifest, config: DatastoreConfig) -> Manifest | None:
         return None
     for shard in existing.shards:
         if not shard.is_whole(folder):
+            if existing.is_changed and not config.overwrite:
+                raise DatastoreError(
+                    f"{folder / shard.file} is missing or damaged, and pairs were appended or removed since the "
+                    "datastore was built; restore the file, or set overwrite: true to build without these changes"
+                )
             log.warning("%s is missing or damaged; it and the shards after it are made again", folder / shard.file)
             return None
-    log.info("%s is already built from this model and corpus: %d entries", folder, existing.entries)
+    changed = ", changed since" if existing.is_changed else ""
+    log.info("%s is already built from this model and corpus%s: %d entries", folder, changed, existing.entries)
     return existing
 
 
@@ -242,6 +256,8 @@ def _begun(planned: Manifest, config: DatastoreConfig) -> Manifest:
         except DatastoreError as error:
             if (folder / name).exists():
                 log.warning("%s", error)
+            continue
+        if previous.is_changed:
             continue
         if differences := _differences(previous, planned, to_the_bit=True):
             _replace_only_if_asked(f"{folder} holds {len(previous.shards)} shards of another plan", differences, config)
@@ -262,7 +278,8 @@ def _replace_only_if_asked(what: str, differences: list[str], config: DatastoreC
         )
 
 
-def _corpus_sha256(corpus: CorpusFile) -> str:
+def corpus_sha256(corpus: CorpusFile) -> str:
+    """Checksum of a corpus, of one file or two."""
     sums = [file_sha256(path) for path in (corpus.path, corpus.tgt_path) if path is not None]
     return "+".join(sums)
 

@@ -22,6 +22,11 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a path leads to a file directly in a folder, links followed."""
+    return path.resolve().parent == folder.resolve()
+
+
 class PartialFile(io.RawIOBase):
     """A file under a provisional name, which pretends to its writer that the disk is never full.
 

@@ -1,6 +1,20 @@
-"""Names of the files of an index, beside the shards of its datastore."""
+"""Names of the files of an index, beside the shards of its datastore.
 
+NAME is what the index is called, and from the first change of the datastore on NAME.1, NAME.2 and so on: a change
+writes indexes of its own beside those in use, and all of them come into force with the manifest.
+"""
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+
+_FILE = re.compile(r"([^.]+)(?:\.(\d+))?(\.part-\d{5,}|\.trained)?\.(faiss|json)(\.partial)?")
+
+
+def generation_name(name: str, generation: int) -> str:
+    """NAME, or NAME.3 after the third change."""
+    return f"{name}.{generation}" if generation else name
 
 
 def index_file(folder: Path, name: str) -> Path:
@@ -18,6 +32,24 @@ def part_file(folder: Path, name: str, number: int) -> Path:
     return folder / f"{name}.part-{number:05d}.faiss"
 
 
-def is_index_name(name: str) -> bool:
-    """Whether NAME.faiss or NAME.json belongs to an index; the names of parts and of what training left have dots."""
-    return "." not in name
+def find_indexes(folder: Path, generation: int) -> list[str]:
+    """Names of the indexes of a generation, in whatever state; what a build has left is no index yet."""
+    return sorted({name for _, name, found, is_index in _files(folder) if found == generation and is_index})
+
+
+def remove_other_indexes(folder: Path, generation: int) -> None:
+    """Remove the files of all generations but one."""
+    for path, _, found, _ in list(_files(folder)):
+        if found != generation:
+            with suppress(PermissionError):  # Windows keeps what is open; the next change tries again
+                path.unlink()
+
+
+def _files(folder: Path) -> Iterator[tuple[Path, str, int, bool]]:
+    """Path, name, generation, and whether it is an index's own file, of all files that belong to indexes."""
+    for path in folder.iterdir():
+        if (found := _FILE.fullmatch(path.name)) is None:
+            continue
+        name, generation, left, suffix, partial = found.groups()
+        if suffix == "faiss" or left or b'"faiss_sha256":' in path.read_bytes():  # or it is a file of the user's
+            yield path, name, int(generation or 0), not (left or partial)

@@ -4,18 +4,19 @@ import re
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.datastore.errors import DatastoreError
-from lightning_knnmt.datastore.files import file_sha256, sync_folder
-from lightning_knnmt.datastore.sealed import read_sealed, write_sealed
+from lightning_knnmt.datastore.files import file_sha256, is_inside, sync_folder
+from lightning_knnmt.datastore.removed import RemovedInfo
+from lightning_knnmt.datastore.sealed import check_types, content_sha256, read_sealed, write_sealed
 
 FILE_NAME = "manifest.json"
 BUILDING = "building.json"  # a manifest that grows shard by shard; renamed when nothing is missing
 LARGEST_KEY = 1 << 20  # dimensions
 MOST = 1 << 50  # entries
+LIVING = ("generation", "appended", "removed")  # not written before they say something
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,6 @@ class ShardInfo:
         """Whether every byte is as it was written."""
         path = folder / self.file
         return path.is_file() and is_inside(path, folder) and file_sha256(path) == self.sha256
-
-
-def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a path leads to a file directly in a folder, links followed."""
-    return path.resolve().parent == folder.resolve()
 
 
 @dataclass(frozen=True)
@@ -125,6 +121,26 @@ def library_versions() -> dict[str, str]:
 
 
 @dataclass(frozen=True)
+class AppendedCorpus:
+    """What was appended to a datastore after it was built.
+
+    Attributes:
+        corpus: File name of the corpus.
+        corpus_sha256: Its checksum.
+        first: The number that its first pair has, or would have, in the datastore.
+        pairs: Pairs of it that were not stored before.
+    """
+
+    corpus: str
+    corpus_sha256: str
+    first: int
+    pairs: int
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a datastore is: the contents of `manifest.json`, which is there only if the datastore is whole.
 
@@ -137,6 +153,9 @@ class Manifest:
         shards: The shards, in order.
         encoding: What else the last bits of the keys depend on: batches, type and place of the weights.
         libraries: Versions at the time of building.
+        generation: How often the shards were changed since; the files of indexes carry its number.
+        appended: What was added by that.
+        removed: Where it says which entries were removed and are still in the shards.
     """
 
     provenance: Provenance
@@ -147,9 +166,14 @@ class Manifest:
     shards: tuple[ShardInfo, ...]
     encoding: dict[str, Any] = field(default_factory=dict)
     libraries: dict[str, str] = field(default_factory=library_versions)
+    generation: int = 0
+    appended: tuple[AppendedCorpus, ...] = ()
+    removed: RemovedInfo | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
+        if not 0 <= self.generation <= MOST:
+            raise ValueError(f"generation is {self.generation}, expected 0 to {MOST}")
         files = [shard.file for shard in self.shards]
         if len(set(files)) < len(files):
             raise ValueError(f"it names {max(files, key=files.count)} more than once")
@@ -164,6 +188,16 @@ class Manifest:
         """Sentence pairs of all shards."""
         return sum(shard.pairs for shard in self.shards)
 
+    @property
+    def is_changed(self) -> bool:
+        """Whether pairs were appended or removed since the datastore was built."""
+        return self.generation > 0 or self.removed is not None
+
+    def next_shard(self, number: int = 0) -> str:
+        """File name of the shard that comes so many places after the next one; no shard has it yet."""
+        taken = (re.fullmatch(r"shard-(\d+)\.h5", shard.file) for shard in self.shards)
+        return shard_name(max((int(found[1]) for found in taken if found), default=-1) + 1 + number)
+
     def with_shard(self, shard: ShardInfo) -> "Manifest":
         """The manifest of a datastore with one more shard."""
         return replace(self, shards=(*self.shards, shard))
@@ -174,7 +208,8 @@ class Manifest:
         Raises:
             DatastoreError: It could not be written.
         """
-        write_sealed(folder / name, asdict(self))
+        content = asdict(self)
+        write_sealed(folder / name, {key: value for key, value in content.items() if value or key not in LIVING})
 
     @classmethod
     def load(cls, folder: Path, name: str = FILE_NAME) -> "Manifest":
@@ -183,17 +218,30 @@ class Manifest:
         Raises:
             DatastoreError: There is none, or it is not one that this version can read.
         """
-        path = folder / name
-        if not path.exists():
-            begun = " holds an unfinished datastore" if (folder / BUILDING).exists() else " holds no datastore"
-            raise DatastoreError(f"{folder}{begun} ({name} is missing); build it with build_index.py")
-        try:
-            content = read_sealed(path)
-            content["provenance"] = Provenance(**content["provenance"])
-            content["shards"] = tuple(ShardInfo(**shard) for shard in content["shards"])
-            return cls(**content)
-        except (ValueError, KeyError, TypeError) as error:
-            raise DatastoreError(f"{path} is damaged ({error}); build the datastore again") from error
+        return read_manifest(folder, name)[0]
+
+
+def read_manifest(folder: Path, name: str = FILE_NAME) -> tuple[Manifest, str]:
+    """A manifest, and its SHA-256 but for what was removed: removing changes neither shards nor indexes.
+
+    Raises:
+        DatastoreError: There is none, or it is not one that this version can read.
+    """
+    path = folder / name
+    if not path.exists():
+        begun = " holds an unfinished datastore" if (folder / BUILDING).exists() else " holds no datastore"
+        raise DatastoreError(f"{folder}{begun} ({name} is missing); build it with build_index.py")
+    try:
+        content = read_sealed(path)
+        removed = content.pop("removed", None)
+        fingerprint = content_sha256(content)
+        content["provenance"] = Provenance(**content["provenance"])
+        content["shards"] = tuple(ShardInfo(**shard) for shard in content["shards"])
+        content["appended"] = tuple(AppendedCorpus(**corpus) for corpus in content.get("appended", ()))
+        content["removed"] = None if removed is None else RemovedInfo(**removed)
+        return Manifest(**content), fingerprint
+    except (ValueError, KeyError, TypeError) as error:
+        raise DatastoreError(f"{path} is damaged ({error}); build the datastore again") from error
 
 
 def finish_building(folder: Path) -> None:
@@ -213,16 +261,3 @@ def remove_other_shards(folder: Path, shards: tuple[ShardInfo, ...]) -> None:
     for path in folder.glob("shard-*"):
         if path.name not in kept and re.fullmatch(r"shard-\d+\.h5(\.partial)?", path.name):
             path.unlink()
-
-
-def check_types(instance: Any) -> None:
-    """Refuse a dataclass of which a field has another type than it should.
-
-    Raises:
-        ValueError: Naming the field.
-    """
-    for name, hint in get_type_hints(type(instance)).items():
-        kind = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
-        value = getattr(instance, name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{name} is {str(value)[:40]!r}, expected {getattr(kind, '__name__', kind)}")

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore.errors import DatastoreError
-from lightning_knnmt.datastore.files import durable_file
-from lightning_knnmt.datastore.manifest import ShardInfo, is_inside
+from lightning_knnmt.datastore.files import durable_file, is_inside
+from lightning_knnmt.datastore.manifest import ShardInfo
 
 KEY_DTYPE = np.float16
 TEXTS = ("src", "tgt", "document")

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore.errors import DatastoreError
-from lightning_knnmt.datastore.files import file_sha256
-from lightning_knnmt.datastore.manifest import FILE_NAME, Manifest, Provenance
+from lightning_knnmt.datastore.manifest import FILE_NAME, Provenance, read_manifest
+from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.datastore.shard import open_shard
 
 
@@ -24,7 +24,7 @@ class StoredContext:
 
     Attributes:
         pair: The sentence pair.
-        number: The pair's number in the corpus.
+        number: The pair's number in the corpus; the numbers of a corpus that was appended follow.
         position: Which of the target's tokens the entry predicts, from 0.
     """
 
@@ -33,27 +33,52 @@ class StoredContext:
     position: int
 
 
+@dataclass(frozen=True)
+class StoredShard:
+    """A shard of an open datastore.
+
+    Attributes:
+        file: Its file.
+        first: Number of its first entry in the datastore.
+        starts: First entry of each pair within the shard, and the number of its entries, shape (pairs + 1,).
+        kept: Whether each pair is still there, shape (pairs,).
+    """
+
+    file: h5py.File
+    first: int
+    starts: NDArray[np.int64]
+    kept: NDArray[np.bool_]
+
+    def pairs(self) -> Iterator[Pair]:
+        """The pairs that are still there."""
+        texts = (self.file[name].asstr()[:][self.kept] for name in ("src", "tgt", "document"))
+        yield from map(Pair, *texts)
+
+
 class Datastore:
     """Keys, values and sentences of a parallel corpus, in HDF5 shards; reading never changes a file.
 
-    Entries are numbered from 0 over all shards, in the order of the shards.
+    Entries are numbered from 0 over all shards, in the order of the shards. What is appended follows, and what is
+    removed keeps its numbers, keys and values: indexes skip it. Only `compact` gives entries other numbers.
 
     Args:
         folder: Folder that `build_index.py` wrote.
+        manifest: File name of the manifest; another than the usual one is that of a change which is under way.
 
     Attributes:
         manifest: What it was made with, and its shards.
-        fingerprint: SHA-256 of the manifest, which holds the checksums of all shards.
+        fingerprint: SHA-256 of the manifest, which holds the checksums of all shards, but for what was removed.
+        removed: Entries that no index may find any more.
 
     Raises:
         DatastoreError: There is no whole datastore, or a shard is missing or damaged. Not every byte is looked at;
             `datastore.verify` does that.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, manifest: str = FILE_NAME) -> None:
         self.folder = Path(folder)
-        self.manifest = Manifest.load(self.folder)
-        self.fingerprint = file_sha256(self.folder / FILE_NAME)
+        self.manifest, self.fingerprint = read_manifest(self.folder, manifest)
+        self.removed = Removed.load(self.folder, self.manifest.removed, self.manifest.entries)
         self._files: list[h5py.File] = []
         try:
             for shard in self.manifest.shards:
@@ -69,6 +94,7 @@ class Datastore:
         return self.manifest.provenance.key_size
 
     def __len__(self) -> int:
+        """Entries, those that were removed counted."""
         return self.manifest.entries
 
     @cached_property
@@ -112,20 +138,25 @@ class Datastore:
         if not 0 <= entry < len(self):
             raise IndexError(f"entry is {entry}, expected 0 to {len(self) - 1}")
         shard = int(np.searchsorted(self._starts, entry, side="right")) - 1
-        file, starts = self._files[shard], self._pair_starts[shard]
+        file, starts = self._files[shard], self.shards[shard].starts
         local = entry - int(self._starts[shard])
         row = int(np.searchsorted(starts, local, side="right")) - 1
         src, tgt, document = (file[name].asstr()[row] for name in ("src", "tgt", "document"))
         return StoredContext(Pair(src, tgt, document), int(file["numbers"][row]), local - int(starts[row]))
 
     @cached_property
-    def _pair_starts(self) -> list[NDArray[np.int64]]:
-        return [np.cumsum(np.concatenate([[0], file["lengths"][:]])) for file in self._files]
+    def shards(self) -> list[StoredShard]:
+        """The shards, with the places of their pairs."""
+        shards = []
+        for file, first in zip(self._files, self._starts.tolist(), strict=False):
+            starts = np.cumsum(np.concatenate([[0], file["lengths"][:]]))
+            shards.append(StoredShard(file, first, starts, ~self.removed.covers(first + starts[:-1])))
+        return shards
 
     def sources(self) -> Iterator[str]:
-        """The source text of every stored pair."""
-        for file in self._files:
-            yield from file["src"].asstr()[:]
+        """The source text of every stored pair that was not removed."""
+        for shard in self.shards:
+            yield from shard.file["src"].asstr()[:][shard.kept]
 
     def check(self, backbone: Backbone) -> None:
         """Refuse a model whose states cannot be compared with the stored keys.

@@ -1,13 +1,12 @@
 """Whether every byte of a datastore and of its indexes is as it was written."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from lightning_knnmt.datastore.errors import DatastoreError
-from lightning_knnmt.datastore.files import file_sha256
-from lightning_knnmt.datastore.index_files import description_file, index_file, is_index_name, part_file
-from lightning_knnmt.datastore.manifest import FILE_NAME, Manifest, ShardInfo, is_inside
+from lightning_knnmt.datastore.files import file_sha256, is_inside
+from lightning_knnmt.datastore.index_files import description_file, find_indexes, generation_name, index_file, part_file
+from lightning_knnmt.datastore.manifest import FILE_NAME, ShardInfo, read_manifest
 from lightning_knnmt.datastore.sealed import read_sealed
 
 
@@ -39,12 +38,14 @@ def verify(folder: Path) -> list[Problem]:
         What is wrong; nothing if all is well.
     """
     try:
-        manifest = Manifest.load(folder)
+        manifest, fingerprint = read_manifest(folder)
     except DatastoreError as error:
         return [Problem(FILE_NAME, str(error))]
     problems = [problem for shard in manifest.shards if (problem := _shard_problem(folder, shard)) is not None]
-    for name in _index_names(folder):
-        problems += _index_problems(folder, name)
+    if (removed := manifest.removed) is not None and (wrong := removed.problem(folder)) is not None:
+        problems.append(Problem(removed.file, wrong))
+    for name in find_indexes(folder, manifest.generation):
+        problems += _index_problems(folder, generation_name(name, manifest.generation), fingerprint)
     return problems
 
 
@@ -59,14 +60,7 @@ def _shard_problem(folder: Path, shard: ShardInfo) -> Problem | None:
     return None
 
 
-def _index_names(folder: Path) -> list[str]:
-    """Names that index files or descriptions of indexes have, in whatever state; what a build left is no index yet."""
-    names = {path.stem for path in folder.glob("*.faiss")}
-    names |= {path.stem for path in folder.glob("*.json") if re.search(rb'"faiss_sha256":', path.read_bytes())}
-    return sorted(filter(is_index_name, names))
-
-
-def _index_problems(folder: Path, name: str) -> list[Problem]:
+def _index_problems(folder: Path, name: str, fingerprint: str) -> list[Problem]:
     index, description = index_file(folder, name), description_file(folder, name)
     if not description.is_file():
         return [Problem(description.name, f"is missing, so {index.name} is not whole; build the index again")]
@@ -77,7 +71,7 @@ def _index_problems(folder: Path, name: str) -> list[Problem]:
     except (ValueError, KeyError, TypeError, DatastoreError) as error:
         return [Problem(description.name, f"is damaged ({error}); build the index again")]
     problems = []
-    if datastore != file_sha256(folder / FILE_NAME):
+    if datastore != fingerprint:
         problems.append(Problem(description.name, "belongs to another datastore; build the index again"))
     for file, wanted in zip(
         [index, *(part_file(folder, name, part) for part in range(len(sums) - 1))], sums, strict=True

@@ -122,8 +122,8 @@ def settings_line(results: Mapping[str, Any]) -> str:
     chosen = "given" if tuning is None else f"best of {tuning['tried']} on {settings['validation']['sentences']} pairs"
     parts = [
         f"{test['sentences']} sentences of {test['path']}",
-        f"k {knn['k']}, λ {knn['lambda_']:g}, T {knn['temperature']:g}, nprobe {knn['nprobe']}, "
-        f"rescored {knn['rescore']} ({chosen})",
+        f"k {knn['k']}, λ {knn['lambda_']:g}, T {knn['temperature']:g}, nprobe {knn['nprobe']}"
+        f"{', rescored ' + str(knn['rescore']) if knn['rescore'] else ''} ({chosen})",
         f"beam {decoding['beams']}, {decoding['batch_size']} sentences a batch",
         f"median of {settings['repeats']} repeats on {settings['device']}, threads: {settings['threads']['torch']}",
         f"{index['factory']} over {index['entries']} entries",

@@ -12,15 +12,14 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_knnmt.datastore import Datastore, DatastoreError
-from lightning_knnmt.datastore.files import file_sha256
-from lightning_knnmt.datastore.index_files import description_file, index_file, part_file
+from lightning_knnmt.datastore.index_files import description_file, generation_name, index_file, part_file
 from lightning_knnmt.datastore.lock import only_writer
-from lightning_knnmt.datastore.manifest import FILE_NAME
+from lightning_knnmt.datastore.manifest import read_manifest
 from lightning_knnmt.datastore.mapped_keys import MappedKeys
 from lightning_knnmt.datastore.ranks import Ranks
 from lightning_knnmt.functional.clusters import homogeneity, imbalance_factor
 from lightning_knnmt.index.config import IndexConfig, choose_factory
-from lightning_knnmt.index.factory import check_sample, make_index, refusing
+from lightning_knnmt.index.factory import check_sample, default_train_points, make_index, refusing
 from lightning_knnmt.index.faiss_index import FaissIndex, find_ivf, read_index, write_index
 from lightning_knnmt.index.merging import clear_padding, merge
 from lightning_knnmt.index.parts import Parts, part_ranges, remove_parts
@@ -53,29 +52,32 @@ def build_index(datastore: Datastore, config: IndexConfig, ranks: Ranks = Ranks(
             folder, or a file could not be written.
         ValueError: FAISS does not know the factory string, or it does not fit the keys.
     """
-    factory = choose_factory(len(datastore), datastore.key_size) if config.factory == "auto" else config.factory
-    index = make_index(factory, datastore.key_size)
-    points = min(_train_points(index, config), len(datastore))
-    training = Training(factory, datastore.key_size, points, config.seed, config.split_lists, datastore.fingerprint)
-    build = _Build(datastore, config, training, ranks)
+    build = IndexBuild(datastore, config, plan_training(datastore, config, len(datastore)), ranks)
     if (kept := ranks.first(build.kept)) is not None:  # before the lock: it may be in a folder for reading only
         return kept
-    check_sample(index, factory, points, len(datastore))
+    build.check()
     with only_writer(datastore.folder, ranks):
         if (kept := ranks.first(build.kept)) is not None:  # another process has just made it
             return kept
-        if file_sha256(datastore.folder / FILE_NAME) != datastore.fingerprint:
+        if read_manifest(datastore.folder)[1] != datastore.fingerprint:
             raise DatastoreError(f"{datastore.folder} was built anew after it was opened; open it again")
-        ranges = part_ranges([shard.entries for shard in datastore.manifest.shards], config.part_entries)
-        can_merge = find_ivf(index) is not None  # FAISS cannot append one graph to another
-        if config.layout == "shards" or (can_merge and len(ranges) > 1):
-            return build.in_parts(index, ranges)
-        return ranks.first(lambda: build.whole(index))
+        return build.make()
+
+
+def plan_training(datastore: Datastore, config: IndexConfig, entries: int) -> Training:
+    """What is trained, and on what, for a number of entries.
+
+    Raises:
+        ValueError: FAISS does not know the factory string, or it does not fit the keys.
+    """
+    factory = choose_factory(entries, datastore.key_size) if config.factory == "auto" else config.factory
+    points = min(_train_points(make_index(factory, datastore.key_size), config), entries)
+    return Training(factory, datastore.key_size, points, config.seed, config.split_lists, datastore.fingerprint)
 
 
 @dataclass(frozen=True)
-class _Build:
-    """One run of building an index, seen by one of its processes.
+class IndexBuild:
+    """One run of building an index, seen by one of its processes; the caller has seen to it that nobody else writes.
 
     Attributes:
         datastore: Whose keys.
@@ -92,14 +94,38 @@ class _Build:
     spans: Spans = field(default_factory=Spans)
 
     @property
+    def name(self) -> str:
+        """What its files are called."""
+        return generation_name(self.config.name, self.datastore.manifest.generation)
+
+    @property
     def path(self) -> Path:
         """NAME.faiss."""
-        return index_file(self.datastore.folder, self.config.name)
+        return index_file(self.datastore.folder, self.name)
 
     @property
     def description(self) -> Path:
         """NAME.json."""
-        return description_file(self.datastore.folder, self.config.name)
+        return description_file(self.datastore.folder, self.name)
+
+    def check(self) -> None:
+        """Refuse to train more lists than there are points.
+
+        Raises:
+            ValueError: There are fewer points than lists.
+        """
+        factory = self.training.factory
+        index = make_index(factory, self.training.key_size)
+        check_sample(index, factory, self.training.train_points, len(self.datastore))
+
+    def make(self) -> IndexReport:
+        """Train, add and write, whatever is there."""
+        index = make_index(self.training.factory, self.training.key_size)
+        ranges = part_ranges([shard.entries for shard in self.datastore.manifest.shards], self.config.part_entries)
+        can_merge = find_ivf(index) is not None  # FAISS cannot append one graph to another
+        if self.config.layout == "shards" or (can_merge and len(ranges) > 1):
+            return self.in_parts(index, ranges)
+        return self.ranks.first(lambda: self.whole(index))
 
     def kept(self) -> IndexReport | None:
         """What is said of the index that makes building needless; None if there is none."""
@@ -115,12 +141,13 @@ class _Build:
         if (damaged := existing.damaged(self.path)) is not None:
             log.warning("%s is damaged; it is built again", damaged)
             return None
-        wanted = {name: getattr(self.training, name) for name in ("factory", "train_points", "seed", "split_lists")}
+        training = plan_training(self.datastore, self.config, existing.trained_entries)
+        wanted = {name: getattr(training, name) for name in ("factory", "train_points", "seed", "split_lists")}
         wanted["layout"] = self.config.layout
         there = {name: getattr(existing, name) for name in wanted}
         differences = [f"{name} {there[name]} against {wanted[name]}" for name in wanted if there[name] != wanted[name]]
         if not differences:
-            self._clean(existing)  # the process may have been killed just before it did
+            self.clean(existing)  # the process may have been killed just before it did
             log.info("%s is already built: %s over %d entries", self.path, existing.factory, existing.entries)
             return existing
         if not self.config.overwrite:
@@ -133,7 +160,7 @@ class _Build:
     def whole(self, index: faiss.Index) -> IndexReport:
         """Add all entries to one index."""
         index = self._trained(index).index
-        self._add(index, self.datastore.key_chunks(self.config.chunk), len(self.datastore))
+        self.add(index, self.datastore.key_chunks(self.config.chunk), len(self.datastore))
         return self._finish(index)
 
     def in_parts(self, index: faiss.Index, ranges: list[range]) -> IndexReport:
@@ -145,7 +172,7 @@ class _Build:
             return trained.file, trained.sha256
 
         file, sha256 = self.ranks.first(train)
-        parts = Parts(self.datastore.folder, self.config.name, self.training, sha256, ranges)
+        parts = Parts(self.datastore.folder, self.name, self.training, sha256, ranges)
         self.ranks.each(lambda: self._add_parts(parts, file))
         return self.ranks.first(lambda: self._finish_parts(parts, file))
 
@@ -162,7 +189,8 @@ class _Build:
             _train(index, self.training, sample)
         return save_trained(index, self.training, dict(self.spans.seconds), self.path)
 
-    def _add(self, index: faiss.Index, chunks: Iterable[NDArray[np.float16]], entries: int, what: str = "add") -> None:
+    def add(self, index: faiss.Index, chunks: Iterable[NDArray[np.float16]], entries: int, what: str = "add") -> None:
+        """Add keys, with a progress bar over so many entries."""
         progress = tqdm(total=entries, desc=what, unit=" keys", unit_scale=True, disable=self.ranks.rank > 0)
         with self.spans.span("add"), progress:
             for keys in chunks:
@@ -180,7 +208,7 @@ class _Build:
                 continue
             index = read_index(trained)
             label = f"add part {number + 1} of {len(parts.ranges)}"
-            self._add(index, keys.chunks(entries, self.config.chunk), len(entries), label)
+            self.add(index, keys.chunks(entries, self.config.chunk), len(entries), label)
             with self.spans.span("write"):
                 parts.save(number, index)
 
@@ -201,14 +229,21 @@ class _Build:
         with self.spans.span("write"):
             self.description.unlink(missing_ok=True)
             sha256 = write_index(index, self.path)
-        files = [part_file(self.datastore.folder, self.config.name, number) for number in range(len(parts))]
+        files = [part_file(self.datastore.folder, self.name, number) for number in range(len(parts))]
         indexes = map(FaissIndex.load, files) if parts else [FaissIndex(index)]
-        report = self._report(indexes, sha256, parts)
+        report = self.report(indexes, sha256, parts)
         report.save(self.description)
-        self._clean(report)
+        self.clean(report)
         return report
 
-    def _report(self, indexes: Iterable[FaissIndex], sha256: str, parts: tuple[IndexPart, ...]) -> IndexReport:
+    def report(self, indexes: Iterable[FaissIndex], sha256: str, parts: tuple[IndexPart, ...]) -> IndexReport:
+        """What is said of the index.
+
+        Args:
+            indexes: Its parts, or the whole of it.
+            sha256: Checksum of NAME.faiss.
+            parts: The files of the parts.
+        """
         sizes: list[NDArray[np.int64]] = []
         lists: list[NDArray[np.int64]] = []
         for index in indexes:  # one at a time, since all together may not fit into memory
@@ -232,9 +267,10 @@ class _Build:
             parts=parts,
         )
 
-    def _clean(self, report: IndexReport) -> None:
+    def clean(self, report: IndexReport) -> None:
+        """Remove what building has left, but for the files of the finished index."""
         remove_trained(self.path)
-        remove_parts(self.datastore.folder, self.config.name, kept=len(report.parts))
+        remove_parts(self.datastore.folder, self.name, kept=len(report.parts))
 
 
 def _train(index: faiss.Index, training: Training, sample: NDArray[np.float32]) -> None:
@@ -252,4 +288,4 @@ def _train_points(index: faiss.Index, config: IndexConfig) -> int:
     if config.train_points is not None:
         return config.train_points
     ivf = find_ivf(index)
-    return 65536 if ivf is None else max(65536, 64 * ivf.nlist)
+    return default_train_points(None if ivf is None else ivf.nlist)

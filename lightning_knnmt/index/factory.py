@@ -28,6 +28,15 @@ def refusing(factory: str, what: str, expected: str) -> Iterator[None]:
         raise ValueError(f"factory is {factory!r}, which FAISS cannot {what} ({error}); expected {expected}") from error
 
 
+def default_train_points(nlist: int | None) -> int:
+    """Keys to train on if nothing else is asked for.
+
+    Args:
+        nlist: Inverted lists; None if the index has none.
+    """
+    return max(65536, 64 * (nlist or 0))
+
+
 def make_index(factory: str, key_size: int) -> faiss.Index:
     """An index that is neither trained nor filled.
 

@@ -1,8 +1,10 @@
 """Built indexes, opened for search."""
 
 from lightning_knnmt.datastore import Datastore, DatastoreError
-from lightning_knnmt.datastore.index_files import description_file, index_file, part_file
+from lightning_knnmt.datastore.index_files import description_file, generation_name, index_file, part_file
+from lightning_knnmt.datastore.manifest import Manifest
 from lightning_knnmt.index.faiss_index import FaissIndex
+from lightning_knnmt.index.filtered import FilteredIndex
 from lightning_knnmt.index.report import IndexReport
 
 
@@ -36,9 +38,8 @@ def open_parts(datastore: Datastore, rank: int, size: int, name: str = "index", 
     """
     report = read_report(datastore, name)
     if not report.parts:
-        raise DatastoreError(
-            f"{index_file(datastore.folder, name)} is one file, expected parts; build the index with layout: shards"
-        )
+        path = index_file(datastore.folder, generation_name(name, datastore.manifest.generation))
+        raise DatastoreError(f"{path} is one file, expected parts; build the index with layout: shards")
     total = len(report.parts)
     return _load(datastore, name, report, range(rank * total // size, (rank + 1) * total // size), mmap)
 
@@ -49,8 +50,11 @@ def read_report(datastore: Datastore, name: str) -> IndexReport:
     Raises:
         DatastoreError: There is none, or it belongs to another datastore.
     """
-    path, description = index_file(datastore.folder, name), description_file(datastore.folder, name)
+    stem = generation_name(name, datastore.manifest.generation)
+    path, description = index_file(datastore.folder, stem), description_file(datastore.folder, stem)
     if not path.exists() or not description.exists():
+        if Manifest.load(datastore.folder).generation > datastore.manifest.generation:
+            raise DatastoreError(f"{datastore.folder} was changed after it was opened; open it again")
         raise DatastoreError(f"{datastore.folder} has no index called {name!r}; build it with build_index.py")
     report = IndexReport.load(description)
     if report.datastore_sha256 != datastore.fingerprint or report.entries != len(datastore):
@@ -63,12 +67,17 @@ def read_report(datastore: Datastore, name: str) -> IndexReport:
 
 def _load(datastore: Datastore, name: str, report: IndexReport, numbers: range, mmap: bool) -> FaissIndex:
     """Load the parts of some numbers; the trained index without entries if there are none."""
-    files = [part_file(datastore.folder, name, number) for number in numbers]
-    files = files or [index_file(datastore.folder, name)]
+    stem = generation_name(name, datastore.manifest.generation)
+    files = [part_file(datastore.folder, stem, number) for number in numbers]
+    files = files or [index_file(datastore.folder, stem)]
     expected = [report.parts[number].entries for number in numbers] or [0 if report.parts else report.entries]
     first = sum(part.entries for part in report.parts[: numbers.start])
     try:
-        index = FaissIndex.load(*files, first=first, mmap=mmap)
+        if len(datastore.removed):
+            total = len(datastore)
+            index: FaissIndex = FilteredIndex.load_without(datastore.removed, total, *files, first=first, mmap=mmap)
+        else:
+            index = FaissIndex.load(*files, first=first, mmap=mmap)
     except (FileNotFoundError, ValueError) as error:
         raise DatastoreError(str(error)) from error
     for file, part, entries in zip(files, index.parts, expected, strict=True):

@@ -43,7 +43,7 @@ class Parts:
 
     Attributes:
         folder: The datastore's.
-        name: The index's.
+        name: The index's, with the number of the datastore's generation.
         training: What decided the outcome of training.
         trained_sha256: Checksum of the trained index that all parts begin as.
         ranges: The entries of each part.

@@ -1,14 +1,14 @@
 """What is said of a built index, beside it."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lightning_knnmt.datastore import DatastoreError
 from lightning_knnmt.datastore.files import file_sha256
 from lightning_knnmt.datastore.index_files import part_file
-from lightning_knnmt.datastore.manifest import check_types
-from lightning_knnmt.datastore.sealed import read_sealed, write_sealed
-from lightning_knnmt.index.config import Layout
+from lightning_knnmt.datastore.sealed import check_types, read_sealed, write_sealed
+from lightning_knnmt.index.config import IndexConfig, Layout
+from lightning_knnmt.index.factory import default_train_points
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,8 @@ class IndexReport:
         seconds: Time of each stage of building.
         split_lists: Share of the lists that come from splitting the longest.
         parts: Where the entries are if not in NAME.faiss, which then holds what was trained only.
+        added: Entries that were appended after training.
+        trained_imbalance_factor: What the imbalance factor was before; None if nothing was appended, or without lists.
     """
 
     factory: str
@@ -60,16 +62,44 @@ class IndexReport:
     seconds: dict[str, float]
     split_lists: float = 0.0
     parts: tuple[IndexPart, ...] = ()
+    added: int = 0
+    trained_imbalance_factor: float | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
         if self.parts and sum(part.entries for part in self.parts) != self.entries:
             raise ValueError(f"its parts have {sum(part.entries for part in self.parts)} of {self.entries} entries")
+        if not 0 <= self.added <= self.entries:
+            raise ValueError(f"added is {self.added}, expected 0 to {self.entries}")
 
     @property
     def layout(self) -> Layout:
         """Whether the entries are in one file or in parts."""
         return "shards" if self.parts else "whole"
+
+    @property
+    def trained_entries(self) -> int:
+        """Entries that there were when it was trained."""
+        return self.entries - self.added
+
+    def config(self, name: str) -> IndexConfig:
+        """Settings that make it again.
+
+        Args:
+            name: What it is called.
+        """
+        every_key = self.train_points == self.trained_entries <= default_train_points(self.nlist)
+        points = None if every_key else self.train_points  # there may be more keys by now
+        config = IndexConfig(
+            factory=self.factory,
+            train_points=points,
+            seed=self.seed,
+            split_lists=self.split_lists,
+            name=name,
+            layout=self.layout,
+            overwrite=True,
+        )
+        return replace(config, part_entries=max(1, self.parts[0].entries)) if self.parts else config
 
     def damaged(self, path: Path) -> Path | None:
         """The first file that is not as it was written.

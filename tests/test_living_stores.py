@@ -1,0 +1,504 @@
+"""Stores that change: what is appended, removed or compacted against stores that were built in one."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import pairwise, product
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from script_runs import write_config
+from tiny_stores import build_store, by_place, corpus_pairs, harm_file, write_corpus
+
+import build_index as script
+from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError, Manifest, build_datastore
+from lightning_knnmt.datastore.files import PartialFile
+from lightning_knnmt.datastore.lock import only_writer
+from lightning_knnmt.datastore.manifest import BUILDING
+from lightning_knnmt.datastore.removal import remove_documents
+from lightning_knnmt.datastore.shard import TEXTS
+from lightning_knnmt.datastore.verify import verify
+from lightning_knnmt.index import IndexConfig, build_index, open_index, open_parts, updating
+from lightning_knnmt.index.opening import read_report
+from lightning_knnmt.index.updating import append_pairs, compact
+from lightning_knnmt.search import open_search
+
+OLD, NEW = corpus_pairs(40), [replace(pair, src=f"neu {pair.src}") for pair in corpus_pairs(15, seed=1)]
+K = 12
+FACTORIES = {
+    "flat": IndexConfig("Flat"),
+    "ivf": IndexConfig("IVF4,Flat"),
+    "fast": IndexConfig("IVF4,PQ4x4fs,Refine(SQfp16)"),
+    "graph": IndexConfig("HNSW16"),
+    "parts": IndexConfig("IVF4,SQ8", layout="shards", part_entries=80),
+}
+
+
+@pytest.fixture(scope="module")
+def built(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of the old pairs with an index of every family; to be left as it is."""
+    folder = tmp_path_factory.mktemp("built") / "store"
+    with build_store(backbone, folder, OLD, shard_entries=60) as store:
+        for name, config in FACTORIES.items():
+            build_index(store, replace(config, name=name))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def grown(backbone: Backbone, built: Path) -> Path:
+    """A copy with the new pairs appended; to be left as it is."""
+    folder = built.parent / "grown" / "store"
+    shutil.copytree(built, folder)
+    change = append_pairs(backbone, appending(folder))
+    assert (change.pairs, change.known) == (len(NEW), 0)
+    return folder
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    """A copy of the store of the old pairs."""
+    return shutil.copytree(built, tmp_path / "store")
+
+
+def appending(folder: Path, pairs: list[Pair] = NEW) -> DatastoreConfig:
+    corpus = write_corpus(folder.parent / "new.jsonl", pairs)
+    return DatastoreConfig(folder, corpus, max_tokens=128, shard_entries=60)
+
+
+def queries(store: Datastore) -> np.ndarray:
+    """Near the stored keys, so that every one of them is somebody's neighbor."""
+    keys = np.concatenate(list(store.key_chunks()))[:: max(1, len(store) // 60)].astype(np.float32)
+    return keys + np.random.default_rng(0).normal(scale=0.05, size=keys.shape).astype(np.float32)
+
+
+def found(store: Datastore, name: str, asked: np.ndarray, k: int = K) -> list[dict[tuple[Pair, int], float]]:
+    """(pair, position) -> distance of the neighbors of each query, all lists searched."""
+    index = open_index(store, name)
+    index.set_nprobe(1000)
+    places = []
+    for shard in store.shards:
+        texts = zip(*(shard.file[text].asstr()[:] for text in TEXTS), strict=True)
+        for each, entries in zip(texts, np.diff(shard.starts), strict=True):
+            places += [(Pair(*each), position) for position in range(entries)]
+    return [
+        {places[entry]: float(distance) for distance, entry in zip(near, ids, strict=True) if entry >= 0}
+        for near, ids in zip(*index.search(asked, k), strict=True)
+    ]
+
+
+def assert_same_neighbors(
+    ours: list[dict[tuple[Pair, int], float]], theirs: list[dict[tuple[Pair, int], float]]
+) -> None:
+    """Equal but for the last bits of keys that were encoded in other batches."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert len(one) == len(other) == K
+        np.testing.assert_allclose(sorted(one.values()), sorted(other.values()), rtol=1e-2, atol=1e-3)
+        farthest = max(other.values())
+        for place, distance in one.items():
+            if distance < 0.99 * farthest:
+                assert other[place] == pytest.approx(distance, rel=1e-2, abs=1e-3)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "writer.lock"}
+
+
+def test_an_appended_store_is_one_that_was_built_with_all_pairs(
+    backbone: Backbone, grown: Path, tmp_path: Path
+) -> None:
+    assert verify(grown) == []
+    with Datastore(grown) as store, build_store(backbone, tmp_path / "whole", [*OLD, *NEW]) as whole:
+        build_index(whole, IndexConfig("Flat", name="flat"))
+        ours, theirs = by_place(store, [*OLD, *NEW]), by_place(whole, [*OLD, *NEW])
+        assert set(ours) == set(theirs)
+        for place, (value, key) in ours.items():
+            assert value == theirs[place][0]
+            np.testing.assert_allclose(key, theirs[place][1], rtol=2e-3, atol=2e-3)
+        assert sorted(store.sources()) == sorted(whole.sources())
+        asked = queries(whole)
+        assert_same_neighbors(found(store, "flat", asked), found(whole, "flat", asked))
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_every_index_finds_appended_entries_at_once(built: Path, grown: Path, name: str) -> None:
+    with Datastore(built) as store:
+        before, lists = len(store), open_index(store, name).list_sizes()
+    with Datastore(grown) as store:
+        index, report = open_index(store, name), read_report(store, name)
+        index.set_nprobe(4)
+        keys = np.concatenate(list(store.key_chunks()))[before:].astype(np.float32)
+        distances, ids = index.search(keys, 4)
+        hits = [(ids == entry).any() for ids, entry in zip(ids, range(before, len(store)), strict=True)]
+        assert np.mean(hits) > 0.9  # several entries may have the same key
+        if name in ("flat", "ivf", "graph"):  # the others estimate distances
+            assert distances[:, 0].max() < 1e-3
+        assert (report.entries, report.added, len(index)) == (len(store), len(store) - before, len(store))
+        if lists is not None:
+            assert (index.list_sizes() >= lists).all()
+            assert report.trained_imbalance_factor is not None
+        if name == "parts":
+            shares = [open_parts(store, rank, 2, name) for rank in range(2)]
+            assert sum(map(len, shares)) == len(store)
+    assert not list(grown.glob("*.partial"))
+
+
+def test_pairs_that_are_stored_are_not_appended_again(
+    backbone: Backbone, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = [NEW[0], NEW[0], *NEW[:3], OLD[0], replace(OLD[0], document="elsewhere")]
+    change = append_pairs(backbone, appending(folder, again))
+    assert (change.pairs, change.known) == (4, 3)
+    before = contents(folder)
+    monkeypatch.setattr(backbone, "keys", None)  # encoding would fail
+    change = append_pairs(backbone, appending(folder, again))
+    assert (change.pairs, change.known) == (0, 7)
+    assert contents(folder) == before
+    with Datastore(folder) as store:
+        numbers = {store.context(entry).number: store.context(entry).pair for entry in range(len(store))}
+    assert len(numbers) == len(OLD) + 4  # each pair has a number of its own, also those of later corpora
+    assert numbers[len(OLD)] == NEW[0]
+
+
+def test_building_again_keeps_a_store_that_was_appended_to(backbone: Backbone, folder: Path) -> None:
+    append_pairs(backbone, appending(folder))
+    before = contents(folder)
+    config = replace(appending(folder), corpus=write_corpus(folder / "corpus.jsonl", OLD))
+    assert build_datastore(backbone, config).kept
+    with Datastore(folder) as store:
+        for name, index in FACTORIES.items():
+            build_index(store, replace(index, name=name))
+    assert contents(folder) == before
+    harm_file(folder / Manifest.load(folder).shards[-1].file, "missing")
+    with pytest.raises(DatastoreError, match=r"is missing or damaged, and pairs were appended or removed since"):
+        build_datastore(backbone, config)
+    build_datastore(backbone, replace(config, overwrite=True))
+    assert not list(folder.glob("flat.*"))  # of another generation
+    with Datastore(folder) as store:
+        assert {store.context(entry).pair for entry in range(len(store))} == set(OLD)
+
+
+def test_removed_documents_are_never_found(folder: Path) -> None:
+    with Datastore(folder) as store:
+        asked = queries(store)
+        everything = {name: found(store, name, asked, k=len(store)) for name in FACTORIES}
+        shards = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.h5")}
+    done = remove_documents(folder, ["page-1"])
+    assert done.pairs == sum(pair.document == "page-1" for pair in OLD)
+    assert verify(folder) == []
+    with Datastore(folder) as store:
+        assert (len(store), len(store.removed)) == (done.total, done.removed)
+        assert sorted(store.sources()) == sorted(pair.src for pair in OLD if pair.document != "page-1")
+        for name, k in product(FACTORIES, (1, K, len(store))):
+            for near, all_of_them in zip(found(store, name, asked, k), everything[name], strict=True):
+                left = {place: d for place, d in all_of_them.items() if place[0].document != "page-1"}
+                assert all(pair.document != "page-1" for pair, _ in near)
+                if name != "graph":
+                    assert len(near) == min(k, len(store) - done.removed)
+                if name in ("flat", "ivf", "parts"):  # the others look at a part of what they have
+                    assert sorted(near.values()) == pytest.approx(sorted(left.values())[:k])
+        for share in (open_parts(store, rank, 3, "parts", mmap=True) for rank in range(3)):
+            ids = share.search(asked, K)[1]
+            assert (ids >= 0).any() and not store.removed.covers(ids).any()
+    assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.h5")} == shards
+
+
+def test_removed_documents_can_be_appended_again_and_others_removed_later(backbone: Backbone, folder: Path) -> None:
+    done = remove_documents(folder, ["page-1"])
+    again = remove_documents(folder, ["page-1"])
+    assert (again.pairs, again.entries, again.removed) == (0, 0, done.removed)
+    assert append_pairs(backbone, appending(folder, OLD)).pairs == done.pairs
+    with Datastore(folder) as store:
+        assert sorted(store.sources()) == sorted(pair.src for pair in OLD)
+    more = remove_documents(folder, ["page-1", "page-2"])
+    assert more.pairs == sum(pair.document != "page-0" for pair in OLD)
+    with Datastore(folder) as store:
+        asked = queries(store)
+        for name in FACTORIES:
+            assert {pair.document for near in found(store, name, asked) for pair, _ in near} == {"page-0"}
+    assert [path.name for path in folder.glob("removed*")] == ["removed-2.json"]
+
+
+def test_a_store_without_anything_left_finds_nothing(folder: Path) -> None:
+    remove_documents(folder, ["page-0", "page-1", "page-2"])
+    with Datastore(folder) as store:
+        for name in FACTORIES:
+            distances, ids = open_index(store, name).search(queries(store), K)
+            assert (ids == -1).all() and np.isinf(distances).all()
+        assert list(store.sources()) == []
+    with pytest.raises(ValueError, match=r"factory is 'IVF4,.*only 0 training points"):
+        compact(folder)
+
+
+def test_a_compacted_store_is_one_built_with_the_remaining_pairs(
+    backbone: Backbone, grown: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(grown, tmp_path / "store")
+    remove_documents(folder, ["page-1"])
+    change = compact(folder)
+    rest = [pair for pair in [*OLD, *NEW] if pair.document != "page-1"]
+    assert change.pairs == len(OLD) + len(NEW) - len(rest)
+    assert verify(folder) == []
+    shards = change.manifest.shards
+    assert sorted(path.name for path in folder.glob("*.h5")) == [shard.file for shard in shards]
+    assert all(one.entries + next_one.entries > 60 for one, next_one in pairwise(shards))
+    assert not list(folder.glob("removed*")) and not (folder / BUILDING).exists()
+    with Datastore(folder) as store, build_store(backbone, folder.parent / "whole", rest) as whole:
+        by_place(store, [*OLD, *NEW])
+        asked = queries(whole)
+        build_index(whole, replace(FACTORIES["flat"], name="flat"))
+        assert_same_neighbors(found(store, "flat", asked), found(whole, "flat", asked))
+        assert len(store) == len(whole)
+        assert sorted(store.values.tolist()) == sorted(whole.values.tolist())
+        for name, config in FACTORIES.items():
+            report = change.indexes[name]
+            assert (report.factory, report.added, report.entries) == (config.factory, 0, len(store))
+            open_index(store, name).search(asked, K)
+    before = contents(folder)
+    assert compact(folder).pairs == 0  # nothing is left to do
+    assert contents(folder) == before
+
+
+def test_training_again_is_advised_when_an_index_has_changed_much(
+    backbone: Backbone, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    same = [Pair(f"{number} Datei", "file", "same") for number in range(150)]
+    with caplog.at_level(logging.WARNING):
+        append_pairs(backbone, appending(folder, NEW[:2]))
+        assert caplog.text == ""
+        append_pairs(backbone, appending(folder, same))
+    assert "index ivf: " in caplog.text and "entries came after it was trained" in caplog.text
+    assert "imbalance factor has grown from" in caplog.text
+    assert "index flat" not in caplog.text  # which is not trained
+    caplog.clear()
+    assert compact(folder).indexes["ivf"].added == 0
+    assert caplog.text == ""
+
+
+def test_an_open_reader_works_on_while_others_change_the_store(backbone: Backbone, folder: Path) -> None:
+    with Datastore(folder) as store, Datastore(folder) as late:
+        asked = queries(store)
+        indexes = {name: open_index(store, name, mmap=True) for name in FACTORIES}
+        before = {name: index.search(asked, K)[1].tolist() for name, index in indexes.items()}
+        append_pairs(backbone, appending(folder))
+        remove_documents(folder, ["page-0"])
+        compact(folder)
+        assert {name: index.search(asked, K)[1].tolist() for name, index in indexes.items()} == before
+        assert {store.context(entry).pair for entry in range(len(store))} == set(OLD)
+        with pytest.raises(DatastoreError, match="was changed after it was opened; open it again"):
+            open_index(late, "flat")
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing that the program does can catch it."""
+
+
+def stopping_points(folder: Path, change: Callable[[], object], patch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Run a change again and again, each time stopped one file later than before, until it comes to its end."""
+    finish, files = PartialFile.finish, [0]
+    stop = 0
+    while True:
+        files[0] = 0
+
+        def count(self: PartialFile, stop: int = stop) -> None:
+            files[0] += 1
+            if files[0] > stop:
+                raise Killed(self.path.name)
+            finish(self)
+
+        with patch.context() as patched:
+            patched.setattr(PartialFile, "finish", count)
+            try:
+                change()
+            except Killed as killed:
+                yield str(killed)
+            else:
+                return
+        stop += 1
+
+
+@pytest.mark.parametrize("action", ["append", "compact"])
+def test_a_change_that_is_stopped_has_changed_nothing_and_can_be_repeated(
+    backbone: Backbone, folder: Path, grown: Path, monkeypatch: pytest.MonkeyPatch, action: str
+) -> None:
+    if action == "compact":
+        shutil.rmtree(folder)
+        shutil.copytree(grown, folder)
+        remove_documents(folder, ["page-2"])
+    config, names = appending(folder), ("fast", "parts")
+    for path in (path for name in {*FACTORIES} - {*names} for path in list(folder.glob(f"{name}.*"))):
+        path.unlink()
+    before = Manifest.load(folder)
+    stopped = []
+
+    def change() -> None:
+        append_pairs(backbone, config) if action == "append" else compact(folder)
+
+    with Datastore(folder) as store:
+        asked = queries(store)
+        expected = {name: found(store, name, asked, 3) for name in names}
+    for file in stopping_points(folder, change, monkeypatch):
+        stopped.append(file)
+        assert Manifest.load(folder) == before
+        assert verify(folder) == []
+        with Datastore(folder) as store:
+            assert {name: found(store, name, asked, 3) for name in expected} == expected
+    assert len(stopped) > 5
+    after = Manifest.load(folder)
+    assert after.generation == before.generation + 1
+    assert verify(folder) == []
+    with Datastore(folder) as store:
+        rest = [pair for pair in [*OLD, *NEW] if action == "append" or pair.document != "page-2"]
+        assert sorted(store.sources()) == sorted(pair.src for pair in rest)
+        for name in names:
+            assert len(open_index(store, name)) == len(store)
+    stem = f".{after.generation}."
+    indexes = [path.name for path in folder.glob("*.faiss")] + [f"{name}{stem}json" for name in names]
+    assert len(indexes) == sum(stem in name for name in indexes)
+    assert {"manifest.json", "writer.lock", "corpus.jsonl", *(shard.file for shard in after.shards), *indexes} == {
+        path.name for path in folder.iterdir()
+    }
+
+
+def test_what_a_process_killed_after_its_change_left_is_cleared_away_by_the_same_command(
+    backbone: Backbone, folder: Path, grown: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(*_: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(updating, "remove_leftovers", kill)
+        with pytest.raises(Killed):
+            append_pairs(backbone, appending(folder))
+    assert verify(folder) == []
+    assert (folder / "flat.faiss").exists()
+    with Datastore(folder) as store:
+        assert len(open_index(store, "flat")) == len(store)
+    assert append_pairs(backbone, appending(folder)).pairs == 0
+    assert set(contents(folder)) == set(contents(grown))
+
+
+def append_until_killed(model: str, config: DatastoreConfig, steps: int) -> None:
+    finish = PartialFile.finish
+
+    def kill(self: PartialFile) -> None:
+        nonlocal steps
+        if (steps := steps - 1) < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        finish(self)
+
+    PartialFile.finish = kill  # type: ignore[method-assign]
+    append_pairs(Backbone(model, device="cpu"), config)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_an_append_that_is_killed_continues_after_its_last_whole_shard(backbone: Backbone, folder: Path) -> None:
+    config = replace(appending(folder), shard_entries=20)
+    before = Manifest.load(folder)
+    process = get_context("fork").Process(target=append_until_killed, args=(backbone.name, config, 6))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert Manifest.load(folder) == before and verify(folder) == []
+    begun = Manifest.load(folder, BUILDING).shards
+    assert len(begun) > len(before.shards)
+    written = {shard.file: (folder / shard.file).stat().st_mtime_ns for shard in begun}
+    append_pairs(backbone, config)
+    assert verify(folder) == []
+    assert {name: (folder / name).stat().st_mtime_ns for name in written} == written
+    with Datastore(folder) as store:
+        assert sorted(store.sources()) == sorted(pair.src for pair in [*OLD, *NEW])
+
+
+def test_another_corpus_than_the_one_that_was_stopped_begins_anew(
+    backbone: Backbone, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = stopping_points(folder, lambda: append_pairs(backbone, appending(folder)), monkeypatch)
+    while not next(points).startswith("fast"):  # some indexes have been extended
+        pass
+    points.close()
+    append_pairs(backbone, appending(folder, NEW[5:9]))
+    assert verify(folder) == []
+    with Datastore(folder) as store:
+        assert sorted(store.sources()) == sorted(pair.src for pair in [*OLD, *NEW[5:9]])
+        assert all(len(open_index(store, name)) == len(store) for name in FACTORIES)
+
+
+def test_what_does_not_fit_is_refused_and_changes_nothing(backbone: Backbone, folder: Path, tmp_path: Path) -> None:
+    other = Backbone(backbone.name, key_type="ffn_input", device="cpu")
+    none = tmp_path / "none"
+    before = contents(folder)
+    with pytest.raises(DatastoreError, match=r"does not fit the model .*key_type decoder_output against ffn_input"):
+        append_pairs(other, appending(folder))
+    for change in (lambda: compact(none), lambda: remove_documents(none, ["a"])):
+        with pytest.raises(DatastoreError, match=r"none holds no datastore"):
+            change()
+    assert not none.exists()
+    with pytest.raises(DatastoreError, match=r"has no document 'page1': did you mean 'page-"):
+        remove_documents(folder, ["page-0", "page1"])
+    with pytest.raises(DatastoreError, match=r"has no document 'xyz': it has 3 documents"):
+        remove_documents(folder, ["xyz"])
+    with pytest.raises(DatastoreError, match=r"document is ''"):
+        remove_documents(folder, [""])
+    with only_writer(folder):
+        for change in (
+            lambda: compact(folder), lambda: remove_documents(folder, ["page-0"]),
+            lambda: append_pairs(backbone, appending(folder)),
+        ):  # fmt: skip
+            with pytest.raises(DatastoreError, match="is being written to by process"):
+                change()
+    assert contents(folder) == before
+    remove_documents(folder, ["page-0"])
+    shard = folder / "shard-00001.h5"
+    harm_file(shard, "changed")
+    with pytest.raises(DatastoreError, match=r"shard-00001.h5 is damaged .its checksum is another.; restore it first"):
+        compact(folder)
+    shard.write_bytes(before[shard.name])
+    harm_file(folder / "ivf.faiss", "changed")
+    for change in (lambda: append_pairs(backbone, appending(folder)), lambda: compact(folder)):
+        with pytest.raises(DatastoreError, match=r"ivf.faiss is missing or damaged; build the index again"):
+            change()
+
+
+def test_a_store_lives_through_the_command_line(
+    marian_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = tmp_path / "store"
+    old, new = (write_corpus(tmp_path / f"{name}.jsonl", pairs) for name, pairs in (("old", OLD), ("new", NEW)))
+    config = {
+        "backbone": {"model": marian_folder, "device": "cpu"},
+        "datastore": {"folder": store, "corpus": {"path": old.path}},
+        "index": {"factory": "IVF4,PQ4x4fs,Refine(SQfp16)"},
+    }
+    built = write_config(tmp_path / "build.yaml", config)
+    script.main(["build", "--config", str(built)])
+    script.main(["append", "--config", str(built), "--datastore.corpus.path", str(new.path)])
+    assert "15 pairs appended, 0 were stored before" in capsys.readouterr().err
+    backbone = Backbone(str(marian_folder), device="cpu")
+
+    def documents() -> set[str]:
+        with open_search(backbone, store) as search:
+            retriever = search.retriever(k=50, nprobe=4, rescore=60)
+            keys, _ = backbone.keys_and_logits(backbone.batch([pair.src for pair in NEW], [pair.tgt for pair in NEW]))
+            ids = retriever.retrieve(keys.flatten(0, 1).detach()).ids
+            return {search.datastore.context(int(entry)).pair.document for entry in ids.unique() if entry >= 0}
+
+    assert documents() == {"page-0", "page-1", "page-2"}
+    script.main(["remove", "--folder", str(store), "--document", "page-0", "--document=page-2"])
+    assert documents() == {"page-1"}
+    script.main(["verify", "--folder", str(store)])
+    script.main(["compact", "--folder", str(store)])
+    script.main(["verify", "--folder", str(store)])
+    assert documents() == {"page-1"}
+    assert json.loads((store / "manifest.json").read_text())["generation"] == 2
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        script.main(["remove", "--folder", str(store), "--document", "page-3"])
+    assert "did you mean 'page-1'" in capsys.readouterr().err
