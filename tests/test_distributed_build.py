@@ -231,7 +231,7 @@ def test_commands_are_looked_up_and_options_alone_build(
     with pytest.raises(SystemExit) as exit:
         build_index.main(["verfy"])
     assert exit.value.code == 2
-    assert "the command is 'verfy', expected one of build, verify" in capsys.readouterr().err
+    assert "the command is 'verfy', expected one of build, plan, verify, append" in capsys.readouterr().err
 
 
 def test_wrong_numbers_of_processes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

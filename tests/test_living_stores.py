@@ -270,6 +270,7 @@ def test_training_again_is_advised_when_an_index_has_changed_much(
     backbone: Backbone, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     same = [Pair(f"{number} Datei", "file", "same") for number in range(150)]
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         append_pairs(backbone, appending(folder, NEW[:2]))
         assert caplog.text == ""
