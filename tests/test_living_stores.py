@@ -279,8 +279,9 @@ def test_training_again_is_advised_when_an_index_has_changed_much(
     assert "imbalance factor has grown from" in caplog.text
     assert "index flat" not in caplog.text  # which is not trained
     caplog.clear()
-    assert compact(folder).indexes["ivf"].added == 0
-    assert caplog.text == ""
+    with caplog.at_level(logging.WARNING):
+        assert compact(folder).indexes["ivf"].added == 0
+        assert caplog.text == ""
 
 
 def test_an_open_reader_works_on_while_others_change_the_store(backbone: Backbone, folder: Path) -> None:
@@ -403,7 +404,7 @@ def append_until_killed(model: str, config: DatastoreConfig, steps: int) -> None
 def test_an_append_that_is_killed_continues_after_its_last_whole_shard(backbone: Backbone, folder: Path) -> None:
     config = replace(appending(folder), shard_entries=20)
     before = Manifest.load(folder)
-    process = get_context("fork").Process(target=append_until_killed, args=(backbone.name, config, 6))
+    process = get_context("spawn").Process(target=append_until_killed, args=(backbone.name, config, 6))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
