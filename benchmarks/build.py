@@ -246,15 +246,6 @@ def measure_processes(options: argparse.Namespace, config: DatastoreConfig, entr
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as a Markdown table."""
-    rows = ["| stage | median ms | minimum ms | of the bare forward pass |", "|---|---|---|---|"]
-    forward = result["median_ms"][FORWARD]
-    for name, median in result["median_ms"].items():
-        rows.append(f"| {name} | {median:.1f} | {result['minimum_ms'][name]:.1f} | {median / forward:.3f} |")
-    return "\n".join(rows)
-
-
 def main() -> None:
     """Measure, print a table, and write it as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -279,7 +270,7 @@ def main() -> None:
     options.corpus = None if path is None else CorpusFile(path)
     common.set_threads(options.threads)
     result = measure(options)
-    print(table(result))
+    print(common.stage_table(result, "stage", FORWARD, "of the bare forward pass", 3))
     print(f"\nratio {result['ratio']} (goal {GOAL} or less)")
     print(f"without reading and tokenizing {result['encode_and_write_ratio']}")
     print(f"{result['entries_per_second']} entries/s, {result['batches']} batches of {result['pairs']} pairs")

@@ -52,6 +52,23 @@ def environment() -> dict[str, Any]:
     }
 
 
+def stage_table(result: dict[str, Any], stage: str, base: str, share: str, digits: int) -> str:
+    """Median and minimum of each stage as a Markdown table, beside one of them.
+
+    Args:
+        result: With `median_ms` and `minimum_ms`, by stage.
+        stage: Head of the first column.
+        base: The stage that all are divided by.
+        share: Head of that column.
+        digits: Its decimals.
+    """
+    rows = [f"| {stage} | median ms | minimum ms | {share} |", "|---|---|---|---|"]
+    for name, median in result["median_ms"].items():
+        ratio = median / result["median_ms"][base]
+        rows.append(f"| {name} | {median:.1f} | {result['minimum_ms'][name]:.1f} | {ratio:.{digits}f} |")
+    return "\n".join(rows)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write figures to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

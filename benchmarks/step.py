@@ -93,15 +93,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def table(result: dict[str, Any]) -> str:
-    """The result as a Markdown table."""
-    rows = ["| one decoding step | median ms | minimum ms | of search alone |", "|---|---|---|---|"]
-    search = result["median_ms"]["search alone"]
-    for name, median in result["median_ms"].items():
-        rows.append(f"| {name} | {median:.1f} | {result['minimum_ms'][name]:.1f} | {median / search:.2f} |")
-    return "\n".join(rows)
-
-
 def main() -> None:
     """Measure, print a table, and write it as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -120,7 +111,7 @@ def main() -> None:
     options.repeats = options.repeats or (15 if options.quick else 41)
     common.set_threads(options.threads)
     result = measure(options)
-    print(table(result))
+    print(common.stage_table(result, "one decoding step", "search alone", "of search alone", 2))
     print(f"\nratio {result['ratio']} (goal {GOAL} or less), the dense reference's {result['reference_ratio']}")
     if options.json is not None:
         common.write_json(options.json, result)

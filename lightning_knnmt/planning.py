@@ -10,7 +10,7 @@ from lightning_knnmt.cli import log_cut
 from lightning_knnmt.datastore import DatastoreConfig
 from lightning_knnmt.datastore.ranks import Processes
 from lightning_knnmt.index import IndexConfig, choose_factory
-from lightning_knnmt.index.factory import check_sample, make_index
+from lightning_knnmt.index.factory import check_sample, default_train_points, make_index
 from lightning_knnmt.index.layers import find_ivf
 from lightning_knnmt.index.parts import part_ranges
 from lightning_knnmt.rates import (
@@ -346,7 +346,7 @@ def _size(
     made = make_index(factory, backbone.key_size)
     ivf = find_ivf(made)
     nlist = None if ivf is None else int(ivf.nlist)
-    wanted = index.train_points or max(65536, 64 * (nlist or 0))
+    wanted = index.train_points or default_train_points(nlist)
     points = min(wanted, entries)
     check_sample(made, factory, points, entries)
     outside = (
