@@ -2,24 +2,24 @@
 
 from pathlib import Path
 
-from lightning_knnmt.backbone.scratch import MarianSize, init_marian
+from lightning_knnmt.backbone.scratch import ModelShape, init_model
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.data.datamodule import load_split
 
 
-def init(train: Path, out: Path, size: MarianSize = MarianSize(), seed: int = 1) -> None:
-    """Train joint subwords on a corpus and write them with a randomly initialised Marian model.
+def init(train: Path, out: Path, shape: ModelShape = ModelShape(), seed: int = 1) -> None:
+    """Train joint subwords on a corpus and write them with a randomly initialised model.
 
     Args:
         train: Training split, a file written by `prepare_data.py`.
         out: Folder of the new model.
-        size: Sizes of the model.
+        shape: Family and sizes of the model.
         seed: Seed of the weights.
     """
     pairs = load_split(train)
     if not pairs:
         raise ValueError(f"train is {train}, which is empty; expected one pair or more")
-    init_marian((text for pair in pairs for text in (pair.src, pair.tgt)), out, size, seed)
+    init_model((text for pair in pairs for text in (pair.src, pair.tgt)), out, shape, seed)
 
 
 if __name__ == "__main__":

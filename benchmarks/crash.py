@@ -28,7 +28,7 @@ import common
 from tqdm import tqdm
 
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.backbone.scratch import MarianSize, init_marian
+from lightning_knnmt.backbone.scratch import ModelShape, init_model
 from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError, Manifest, build_datastore
 from lightning_knnmt.datastore.encoder import ShardWriter
@@ -259,8 +259,8 @@ def make_work(root: Path, pairs: int) -> Work:
     rows = [{side: " ".join(rng.choices(words, k=rng.randint(1, 9))) for side in ("src", "tgt")} for _ in range(pairs)]
     corpus = root / "corpus.jsonl"
     corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    size = MarianSize(vocabulary=300, d_model=16, encoder_layers=1, decoder_layers=1, heads=2, ffn=32, positions=64)
-    init_marian((row[side] for row in rows for side in row), root / "model", size)
+    shape = ModelShape(vocabulary=300, d_model=16, encoder_layers=1, decoder_layers=1, heads=2, ffn=32, positions=64)
+    init_model((row[side] for row in rows for side in row), root / "model", shape)
     return Work(root / "model", corpus)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_knnmt.backbone import Batch
-from lightning_knnmt.backbone.scratch import MarianSize, init_marian
+from lightning_knnmt.backbone.scratch import ModelShape, init_model
 from lightning_knnmt.data.batching import TokenBudgetSampler, divisible_batches, token_budget_batches
 from lightning_knnmt.data.datamodule import TokenizedPairs, TranslationDataModule
 from lightning_knnmt.data.pairs import Pair
@@ -152,8 +152,8 @@ class Recorder(TranslationModule):
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("model")
-    size = MarianSize(vocabulary=60, d_model=16, encoder_layers=1, decoder_layers=1, heads=2, ffn=16, positions=64)
-    init_marian([text for pair in PAIRS for text in (pair.src, pair.tgt)], folder, size)
+    shape = ModelShape(vocabulary=60, d_model=16, encoder_layers=1, decoder_layers=1, heads=2, ffn=16, positions=64)
+    init_model([text for pair in PAIRS for text in (pair.src, pair.tgt)], folder, shape)
     return str(folder)
 
 

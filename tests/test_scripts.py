@@ -243,12 +243,20 @@ def test_ctrl_c_is_no_error(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().err == ""
 
 
-def test_init_model_makes_a_model_that_decodes(domain: Domain, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    size = {"vocabulary": 100, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "ffn": 16}
-    config = {"train": domain.root / "data" / "train.jsonl", "out": tmp_path / "model", "size": size}
+@pytest.mark.parametrize("pre_norm", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+def test_init_model_makes_a_model_that_decodes(
+    domain: Domain, tmp_path: Path, capsys: pytest.CaptureFixture[str], pre_norm: bool, tied: bool
+):
+    shape = {"vocabulary": 100, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "ffn": 16}
+    shape |= {"pre_norm": pre_norm, "tied": tied}
+    config = {"train": domain.root / "data" / "train.jsonl", "out": tmp_path / "model", "shape": shape}
     run(init_model.init, "--config", write_config(tmp_path / "init.yaml", config))
     backbone = Backbone(str(tmp_path / "model"), device="cpu")
     assert backbone.key_size == 16
+    assert hasattr(backbone.model.get_decoder(), "layer_norm") == pre_norm  # after the last block
+    output, embeddings = backbone.model.get_output_embeddings(), backbone.model.get_input_embeddings()
+    assert (output.weight.data_ptr() == embeddings.weight.data_ptr()) == tied
     assert len(Translator(backbone, Decoding(max_new_tokens=4)).translate(GERMAN).texts) == len(GERMAN)
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     args = ("--config", tmp_path / "init.yaml", "--train", tmp_path / "empty.jsonl")

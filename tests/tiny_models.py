@@ -33,7 +33,7 @@ from transformers import (
 from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES as MBART_CODES
 from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES as MBART50_CODES
 
-from lightning_knnmt.backbone.scratch import MarianSize, init_marian
+from lightning_knnmt.backbone.scratch import ModelShape, init_model
 
 GERMAN = [
     "Der Drucker ist nicht bereit.",
@@ -154,8 +154,8 @@ def _raw(out: Path) -> Path:
 
 def make_marian_scratch(out: Path) -> None:
     """The Marian model of init_model.py."""
-    size = MarianSize(vocabulary=120, d_model=24, encoder_layers=2, decoder_layers=2, ffn=32, positions=POSITIONS)
-    init_marian(GERMAN + ENGLISH, out, size)
+    shape = ModelShape(vocabulary=120, d_model=24, encoder_layers=2, decoder_layers=2, ffn=32, positions=POSITIONS)
+    init_model(GERMAN + ENGLISH, out, shape)
     model = MarianMTModel.from_pretrained(out, tie_word_embeddings=False)  # lively even so small
     save(model, AutoTokenizer.from_pretrained(out), out, seed=5)
 

@@ -1,15 +1,23 @@
-"""A new translation model: joint subwords from a corpus and randomly initialised Marian weights."""
+"""A new translation model: joint subwords from a corpus and randomly initialised weights."""
 
 import io
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast
+from transformers import (
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,8 +57,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
 
 
 @dataclass(frozen=True)
-class MarianSize:
-    """Sizes of a Marian model.
+class ModelShape:
+    """Family and sizes of a new model.
 
     Attributes:
         vocabulary: Number of joint subwords.
@@ -61,6 +69,9 @@ class MarianSize:
         ffn: Size of the feed-forward layers.
         dropout: Dropout rate while training.
         positions: Longest sequence, in tokens.
+        pre_norm: Normalise before every sub-layer and once after the last (the layout of M2M100), not after every one
+            (Marian's).
+        tied: Encoder, decoder and output projection share one matrix of embeddings.
     """
 
     vocabulary: int = 8000
@@ -71,44 +82,57 @@ class MarianSize:
     ffn: int = 512
     dropout: float = 0.1
     positions: int = 512
+    pre_norm: bool = False
+    tied: bool = True
 
 
-def init_marian(texts: Iterable[str], out: Path, size: MarianSize, seed: int = 1) -> None:
-    """Write a Hugging Face folder with a new tokenizer and a randomly initialised Marian model.
+def init_model(texts: Iterable[str], out: Path, shape: ModelShape, seed: int = 1) -> None:
+    """Write a Hugging Face folder with a new tokenizer and a randomly initialised model.
 
     Args:
         texts: Sentences of both languages, for the subwords.
         out: The folder.
-        size: Sizes of the model.
+        shape: Family and sizes of the model.
         seed: Seed of the weights.
     """
-    tokenizer = train_tokenizer(texts, size.vocabulary)
-    tokenizer.model_max_length = size.positions
-    config = MarianConfig(
+    tokenizer = train_tokenizer(texts, shape.vocabulary)
+    tokenizer.model_max_length = shape.positions
+    torch.manual_seed(seed)
+    family = _m2m100 if shape.pre_norm else _marian
+    model = family(
         vocab_size=len(tokenizer),
-        d_model=size.d_model,
-        encoder_layers=size.encoder_layers,
-        decoder_layers=size.decoder_layers,
-        encoder_attention_heads=size.heads,
-        decoder_attention_heads=size.heads,
-        encoder_ffn_dim=size.ffn,
-        decoder_ffn_dim=size.ffn,
-        dropout=size.dropout,
+        d_model=shape.d_model,
+        encoder_layers=shape.encoder_layers,
+        decoder_layers=shape.decoder_layers,
+        encoder_attention_heads=shape.heads,
+        decoder_attention_heads=shape.heads,
+        encoder_ffn_dim=shape.ffn,
+        decoder_ffn_dim=shape.ffn,
+        dropout=shape.dropout,
         activation_function="relu",
         scale_embedding=True,
         init_std=0.02,  # larger, and a post-norm model takes several times longer to begin to attend to the source
-        max_position_embeddings=size.positions,
+        max_position_embeddings=shape.positions,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-        decoder_start_token_id=tokenizer.pad_token_id,
-        forced_eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=shape.tied,
     )
-    torch.manual_seed(seed)
-    model = MarianMTModel(config)
     model.generation_config.bad_words_ids = [[tokenizer.pad_token_id]]
     model.generation_config.max_length = None
-    model.generation_config.max_new_tokens = size.positions // 2
+    model.generation_config.max_new_tokens = shape.positions // 2
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     log.info("%s: %d tokens, %.2f M parameters", out, len(tokenizer), model.num_parameters() / 1e6)
+
+
+def _marian(**config: Any) -> PreTrainedModel:
+    start = {"decoder_start_token_id": config["pad_token_id"], "forced_eos_token_id": config["eos_token_id"]}
+    return MarianMTModel(MarianConfig(**config, **start))
+
+
+def _m2m100(**config: Any) -> PreTrainedModel:
+    start = {"decoder_start_token_id": config["eos_token_id"]}  # its positions skip padding
+    return M2M100ForConditionalGeneration(
+        M2M100Config(**config, **start, attention_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0)
+    )
