@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning_knnmt.backbone.scratch import ModelShape, init_model
 from lightning_knnmt.cli import run_script
-from lightning_knnmt.data.datamodule import load_split
+from lightning_knnmt.data.splits import read_split
 
 
 def init(train: Path, out: Path, shape: ModelShape = ModelShape(), seed: int = 1) -> None:
@@ -16,7 +16,7 @@ def init(train: Path, out: Path, shape: ModelShape = ModelShape(), seed: int = 1
         shape: Family and sizes of the model.
         seed: Seed of the weights.
     """
-    pairs = load_split(train)
+    pairs = read_split(train)
     if not pairs:
         raise ValueError(f"train is {train}, which is empty; expected one pair or more")
     init_model((text for pair in pairs for text in (pair.src, pair.tgt)), out, shape, seed)

@@ -12,8 +12,8 @@ from jsonargparse import ArgumentParser
 import prepare_data
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.data import recipes
-from lightning_knnmt.data.datamodule import load_split
 from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.data.splits import read_split
 
 ROOT = Path(prepare_data.__file__).parent
 CONFIGS = sorted((ROOT / "configs" / "data").glob("*.yaml"))
@@ -68,7 +68,7 @@ def test_own_files_become_splits_and_everything_dropped_is_counted(config: Path)
     assert result.returncode == 0, result.stderr
     out = config.parent / "out"
     facts = json.loads((out / "splits.json").read_text(encoding="utf-8"))
-    splits = {name: load_split(out / f"{name}.jsonl") for name in ("train", "validation", "test")}
+    splits = {name: read_split(out / f"{name}.jsonl") for name in ("train", "validation", "test")}
     assert {name: len(pairs) for name, pairs in splits.items()} == {"train": 21, "validation": 3, "test": 4}
     expected = {Pair(f"Satz Nummer {n} bitte <b>", f"sentence number {n} please") for n in range(20)}
     expected = {Pair(pair.src.removesuffix(" <b>"), pair.tgt) for pair in expected}
@@ -134,7 +134,7 @@ def failure(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         (["--corpus", "lightning_knnmt.data.recipes.Nope"], "'lightning_knnmt.data.recipes' has no attribute 'Nope'"),
         (["--splits.by", "page"], 'Parser key "splits.by"'),
         (["--splits.validation", "300"], "validation + test is 304 units, but only 28 source units"),
-        (["--exclude", '["none.jsonl"]'], "exclude names none.jsonl, which does not exist"),
+        (["--exclude", '["none.jsonl"]'], "none.jsonl does not exist; write it with prepare_data.py"),
         (["--cleaning.max_words", "0"], "max_words is 0, expected 1 or more"),
     ],
 )

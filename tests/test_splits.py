@@ -3,16 +3,14 @@
 import hashlib
 import json
 import random
-import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lightning_knnmt.data.datamodule import load_split
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.data.splits import SPLITS, SplitConfig, source_key, split, texts_of, write_splits
+from lightning_knnmt.data.splits import SPLITS, SplitConfig, read_split, source_key, split, texts_of, write_splits
 
 
 def corpus(documents: int = 30, seed: int = 7) -> list[Pair]:
@@ -170,14 +168,14 @@ def test_counts_and_hashes_are_those_of_the_files(tmp_path: Path) -> None:
             "tgt_words": sum(len(record["tgt"].split()) for record in records),
             "sha256": hashlib.sha256(content).hexdigest(),
         }
-        assert load_split(folder / f"{name}.jsonl") == splits[name]
+        assert read_split(folder / f"{name}.jsonl") == splits[name]
 
 
 def test_unusual_characters_survive_the_file(tmp_path: Path) -> None:
     pairs = [Pair("Straße\u2028zwei \x85 🪟", 'say "no" \\n', "Seite/öffnen"), Pair("Ja", "Yes")]
     write_splits(tmp_path, {"train": pairs, "validation": [], "test": []}, {})
-    assert load_split(tmp_path / "train.jsonl") == pairs
-    assert load_split(tmp_path / "test.jsonl") == []
+    assert read_split(tmp_path / "train.jsonl") == pairs
+    assert read_split(tmp_path / "test.jsonl") == []
 
 
 @pytest.mark.parametrize("interrupted", range(4))
@@ -212,32 +210,18 @@ def test_texts_of_gives_both_sides_of_every_pair(tmp_path: Path) -> None:
     assert source_key("Straße") == source_key("STRASSE")
 
 
-def test_a_missing_exclude_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"exclude names .*none\.jsonl, which does not exist; prepare that"):
-        list(texts_of([tmp_path / "none.jsonl"]))
-
-
-@pytest.mark.parametrize("line", ["{", "[1]", "7", '{"tgt": "b"}', '{"src": "a"}', '{"src": null, "tgt": "b"}'])
-def test_an_excluded_line_without_both_texts_is_named(tmp_path: Path, line: str) -> None:
-    file = tmp_path / "other.jsonl"
-    file.write_text('{"src": "A", "tgt": "B"}\n' + line + "\n")
-    found = texts_of([file])
-    assert [next(found), next(found)] == ["a", "b"]
-    message = (
-        rf"other\.jsonl:2: expected a JSON object with the texts src and tgt, found {re.escape(repr(line))}; exclude"
-    )
-    with pytest.raises(ValueError, match=message):
-        next(found)
-
-
-@pytest.mark.parametrize("line", ["{", "[1]", '{"src": "a"}', '{"src": "a", "tgt": "b", "score": 1}', ""])
+@pytest.mark.parametrize(
+    "line", ["{", "[1]", "7", '{"src": "a"}', '{"src": null, "tgt": "b"}', '{"src": "a", "tgt": "b", "score": 1}', ""]
+)
 def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "train.jsonl"
     file.write_text('{"src": "a", "tgt": "b", "document": ""}\n' + line + "\n")
-    with pytest.raises(ValueError, match=r"train\.jsonl:2: expected a JSON object with src, tgt and document"):
-        load_split(file)
+    with pytest.raises(
+        ValueError, match=r"train\.jsonl:2: expected a JSON object with the texts src, tgt and document"
+    ):
+        read_split(file)
 
 
 def test_a_missing_split_says_what_writes_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"train\.jsonl does not exist; write it with prepare_data\.py"):
-        load_split(tmp_path / "train.jsonl")
+        read_split(tmp_path / "train.jsonl")

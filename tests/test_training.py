@@ -19,8 +19,8 @@ from training_runs import PAIRS, ROOT, batch_of, column, data_options, fit, logg
 from transformers import AutoModelForSeq2SeqLM
 
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.data.datamodule import load_split
 from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.data.splits import read_split
 from lightning_knnmt.training import Schedule, TranslationModule
 
 pytestmark = pytest.mark.filterwarnings(
@@ -307,7 +307,7 @@ def test_two_processes_train_as_one_with_batches_of_twice_the_size(
     )  # fmt: skip
     rows = logged(tmp_path / "two")
     assert column(rows, "val/loss")[-1] == pytest.approx(column(whole, "val/loss")[-1], rel=1e-3)
-    pairs = load_split(Path(data[1].removeprefix("--data.validation=")))
+    pairs = read_split(Path(data[1].removeprefix("--data.validation=")))
     targets = Backbone(str(still_marian), device="cpu").tokenize([""] * 8, [pair.tgt for pair in pairs])[1]
     entries = sum(map(len, targets))
     scanned, imbalance = column(rows, "val/codes_scanned")[-1], column(rows, "val/imbalance_factor")[-1]

@@ -1,6 +1,5 @@
 """Training and validation batches for Lightning."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,33 +8,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_knnmt.backbone import Batch, collate
 from lightning_knnmt.data.batching import TokenBudgetSampler
-from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.resuming import ResumableBatches
+from lightning_knnmt.data.splits import read_split
 
 if TYPE_CHECKING:
     from lightning_knnmt.training import TranslationModule
-
-
-def load_split(file: Path) -> list[Pair]:
-    """Read a split written by `prepare_data.py` (JSON lines with src, tgt and document).
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: A line is something else.
-    """
-    if not file.exists():
-        raise FileNotFoundError(f"{file} does not exist; write it with prepare_data.py")
-    pairs = []
-    with file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                pairs.append(Pair(**json.loads(line)))
-            except (TypeError, ValueError) as error:
-                raise ValueError(
-                    f"{file}:{number}: expected a JSON object with src, tgt and document, found {line.strip()[:80]!r}; "
-                    "write the file with prepare_data.py"
-                ) from error
-    return pairs
 
 
 class TokenizedPairs(Dataset[tuple[list[int], list[int]]]):
@@ -87,7 +64,7 @@ class TranslationDataModule(L.LightningDataModule):
         backbone = module.backbone
         for name in ("train", "validation") if stage == "fit" else ("validation",):
             if name not in self.splits:
-                pairs = load_split(self.files[name])
+                pairs = read_split(self.files[name])
                 if not pairs:
                     raise ValueError(f"{name} is {self.files[name]}, which is empty; expected one pair or more")
                 ids = backbone.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])

@@ -155,31 +155,34 @@ def _write_beside(file: Path, content: bytes, beside: dict[Path, Path]) -> None:
     beside[file].write_bytes(content)
 
 
-def texts_of(files: Iterable[Path]) -> Iterator[str]:
-    """Source and target texts, as `source_key` writes them, of split files.
+def read_split(file: Path) -> list[Pair]:
+    """Read a split that `write_splits` wrote.
 
     Raises:
-        FileNotFoundError: A file does not exist.
-        ValueError: A line is no JSON object with the texts src and tgt.
+        FileNotFoundError: There is no such file.
+        ValueError: A line is no JSON object of the texts src and tgt and, perhaps, a document.
     """
-    for file in files:
-        if not file.exists():
-            raise FileNotFoundError(f"exclude names {file}, which does not exist; prepare that corpus first")
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                for text in _sides(line, f"{file}:{number}"):
-                    yield source_key(text)
+    if not file.exists():
+        raise FileNotFoundError(f"{file} does not exist; write it with prepare_data.py")
+    with file.open(encoding="utf-8") as lines:
+        return [_parse(line, f"{file}:{number}") for number, line in enumerate(lines, start=1)]
 
 
-def _sides(line: str, where: str) -> tuple[str, str]:
+def _parse(line: str, where: str) -> Pair:
     try:
-        record = json.loads(line)
-        src, tgt = record["src"], record["tgt"]
-        if not (isinstance(src, str) and isinstance(tgt, str)):
-            raise TypeError("src and tgt are no texts")
-    except (ValueError, TypeError, KeyError) as error:
+        pair = Pair(**json.loads(line))
+        if not all(isinstance(text, str) for text in (pair.src, pair.tgt, pair.document)):
+            raise TypeError("a text is something else")
+    except (TypeError, ValueError) as error:
         raise ValueError(
-            f"{where}: expected a JSON object with the texts src and tgt, found {line.strip()[:80]!r}; "
-            "exclude names files written by prepare_data.py"
+            f"{where}: expected a JSON object with the texts src, tgt and document, found {line.strip()[:80]!r}; "
+            "write the file with prepare_data.py"
         ) from error
-    return src, tgt
+    return pair
+
+
+def texts_of(files: Iterable[Path]) -> Iterator[str]:
+    """Source and target texts, as `source_key` writes them, of split files."""
+    for file in files:
+        for pair in read_split(file):
+            yield from (source_key(pair.src), source_key(pair.tgt))
