@@ -22,13 +22,13 @@ from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.cli import USER_ERROR, log_cut, peak_memory_mb, run_script
 from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError, build_datastore
 from lightning_knnmt.datastore.builder import DatastoreBuild
-from lightning_knnmt.datastore.ranks import Processes
+from lightning_knnmt.datastore.ranks import Processes, refuse_several_processes
 from lightning_knnmt.datastore.removal import remove_documents
 from lightning_knnmt.datastore.verify import verify
 from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, write_json
 from lightning_knnmt.index import IndexConfig, IndexReport, build_index, open_index
 from lightning_knnmt.index.updating import Change, append_pairs, compact
-from lightning_knnmt.planning import plan
+from lightning_knnmt.planning import Plan, make_plan, to_text
 
 log = logging.getLogger("lightning_knnmt.build_index")
 
@@ -107,6 +107,41 @@ def _log_report(report: IndexReport, spread: dict[str, int] | None) -> None:
     log.info("imbalance factor %.2f, homogeneity %.3f", report.imbalance_factor, report.homogeneity)
 
 
+def plan(
+    backbone: Backbone,
+    datastore: DatastoreConfig,
+    index: IndexConfig = IndexConfig(),
+    processes: Processes = Processes(),
+    entries: int | None = None,
+    machines: int | None = None,
+    sample_pairs: int = 2000,
+) -> Plan:
+    """Print what a build would take, without building: entries, disk, peak memory, and the time of each stage.
+
+    Rates are measured on this machine within about a minute: a sample of the corpus is encoded, and small indexes over
+    its keys are trained and filled, in a temporary folder on the datastore's disk.
+
+    Args:
+        backbone: The model.
+        datastore: The corpus, which is also the sample for other numbers of entries, and where the datastore goes.
+        index: The index over it.
+        processes: As for building; each counts as a machine.
+        entries: Plan for so many entries of texts like those of the corpus, not for the corpus.
+        machines: Machines such as this one that share the work, one process each; as many as `processes` by default.
+        sample_pairs: Pairs to encode.
+
+    Returns:
+        The plan that was printed.
+
+    Raises:
+        ValueError: There are no pairs, a number is less than 1, or FAISS does not know the factory string.
+    """
+    share = processes.devices * processes.num_nodes if machines is None else machines
+    made = make_plan(backbone, datastore, index, entries, share, sample_pairs)
+    sys.stdout.write(to_text(made) + "\n")
+    return made
+
+
 def verify_datastore(folder: Path) -> None:
     """Check every file of a datastore and of its indexes against the checksums taken when they were written.
 
@@ -136,6 +171,7 @@ def append(
         index: As in the configuration of `build`; indexes keep the settings that they were built with.
         processes: As in the configuration of `build`; one process appends.
     """
+    refuse_several_processes("append")
     change = append_pairs(backbone, datastore)
     log.info("%d pairs appended, %d were stored before", change.pairs, change.known)
     _log_change(change)
@@ -149,6 +185,7 @@ def remove(folder: Path, document: list[str]) -> None:
         folder: The datastore.
         document: Name of a document, as it is stored with its pairs; may be given several times.
     """
+    refuse_several_processes("remove")
     done = remove_documents(folder, document)
     log.info("%d pairs with %d entries removed", done.pairs, done.entries)
     log.info("%d of %d entries are removed and take room until `compact`", done.removed, done.total)
@@ -160,6 +197,7 @@ def compact_datastore(folder: Path) -> None:
     Args:
         folder: The datastore.
     """
+    refuse_several_processes("compact")
     change = compact(folder)
     log.info("%d removed pairs cleared away", change.pairs)
     _log_change(change)

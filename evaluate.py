@@ -31,6 +31,7 @@ from lightning_knnmt.evaluation.report import (
 from lightning_knnmt.evaluation.scores import paired_bootstrap
 from lightning_knnmt.evaluation.tuning import Tune, Tuning, check_apart, count_stored, tune
 from lightning_knnmt.explanation import explain, explanation_lines
+from lightning_knnmt.index.config import Device
 from lightning_knnmt.plots import plot_list_sizes
 from lightning_knnmt.search import KnnSearch, KnnSettings, open_search
 
@@ -51,6 +52,7 @@ def evaluate(
     seed: int = 1,
     comet: str | None = None,
     examples: int = 3,
+    index_device: Device = "cpu",
 ) -> None:
     """Translate a test split with the plain model and with kNN, and report quality and speed of both.
 
@@ -69,16 +71,17 @@ def evaluate(
         seed: Seed of each run, in case decoding samples.
         comet: Hub name or checkpoint of a COMET model.
         examples: How many of the translations that kNN improves most are shown with their neighbors.
+        index_device: Where indexes are searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there where FAISS can.
     """
     pairs = list(read_pairs(test))
     validation = [] if tuning is None else list(read_pairs(tuning.validation))
     check_apart(validation, pairs)
     scorer, no_comet = _comet_scorer(comet)
     with ExitStack() as stack:
-        searches = {"knn": stack.enter_context(open_search(backbone, datastore, index))}
+        searches = {"knn": stack.enter_context(open_search(backbone, datastore, index, device=index_device))}
         for name, other in (others or {}).items():
             searches[f"knn_{name}"] = stack.enter_context(
-                open_search(_like(backbone, other), other.datastore, other.index)
+                open_search(_like(backbone, other), other.datastore, other.index, device=index_device)
             )
         search = searches["knn"]
         stored = count_stored(search.datastore, {"test": pairs, "validation": validation})
@@ -116,7 +119,8 @@ def evaluate(
                 "test": _split_json(test, pairs),
                 "validation": None if tuning is None else _split_json(tuning.validation, validation),
                 "model": asdict(Provenance.of(backbone)) | {"dtype": _dtype(backbone)},
-                "datastore": {"folder": datastore, "index": index} | asdict(search.datastore.manifest),
+                "datastore": {"folder": datastore, "index": index, "index_device": search.index.device}
+                | asdict(search.datastore.manifest),
                 "sources_in_datastore": stored,
                 **environment(backbone.device),
             },

@@ -12,6 +12,7 @@ from lightning_knnmt.cli import run_script
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.explanation import explain as explain_translation
 from lightning_knnmt.explanation import explanation_lines
+from lightning_knnmt.index.config import Device
 from lightning_knnmt.search import KnnSearch, KnnSettings, open_search
 
 
@@ -25,6 +26,7 @@ def translate(
     output: str = "-",
     block: int = 1024,
     explain: int = 0,
+    index_device: Device = "cpu",
 ) -> None:
     """Translate UTF-8 text, one sentence a line, with the neighbors of a datastore or with the plain model.
 
@@ -39,6 +41,7 @@ def translate(
         block: Lines that are read, and batched by length, before the first is written; a line typed on a terminal is
             answered at once.
         explain: Print, for each produced token, this many of its nearest stored contexts; 0: translations only.
+        index_device: Where the index is searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there if FAISS can.
     """
     if block < 1:
         raise ValueError(f"block is {block}, expected 1 or more")
@@ -49,7 +52,9 @@ def translate(
     if "-" not in (input, output) and Path(output).exists() and Path(output).samefile(input):
         raise ValueError(f"output is {output}, the same file as input; give another")
     with ExitStack() as stack:
-        search = None if datastore is None else stack.enter_context(open_search(backbone, datastore, index))
+        search = None
+        if datastore is not None:
+            search = stack.enter_context(open_search(backbone, datastore, index, device=index_device))
         translator = Translator(backbone, decoding) if search is None else search.translator(knn, decoding)
         source: BinaryIO = sys.stdin.buffer if input == "-" else stack.enter_context(Path(input).open("rb"))
         out: BinaryIO = sys.stdout.buffer if output == "-" else stack.enter_context(Path(output).open("wb"))

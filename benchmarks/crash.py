@@ -3,6 +3,9 @@
 A process that builds a small datastore and its index is killed (SIGKILL) at a random moment of a chosen stage; then the
 same build runs again. The store must be identical to one that was never interrupted: shards, manifest and index byte by
 byte, the description of the index but for the time that building took. Whole shards must not be written again.
+
+Builds of two processes are killed, too: one of them, upon which the other must end by itself, or both. One process or
+two, by chance, build the rest.
 """
 
 import argparse
@@ -12,6 +15,7 @@ import multiprocessing
 import os
 import random
 import re
+import socket
 import tempfile
 import threading
 import time
@@ -19,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import cycle, islice
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,11 +40,15 @@ from lightning_knnmt.datastore.encoder import ShardWriter
 from lightning_knnmt.datastore.files import PartialFile
 from lightning_knnmt.datastore.manifest import BUILDING
 from lightning_knnmt.datastore.mapped_keys import MappedKeys
+from lightning_knnmt.datastore.ranks import Processes
 from lightning_knnmt.datastore.verify import verify
 from lightning_knnmt.index import IndexConfig, build_index
 from lightning_knnmt.index import builder as index_builder
 
 STAGES = ("encode", "train", "add", "merge", "write")
+TOGETHER = {"rank 0 of 2": (0,), "rank 1 of 2": (1,), "both of 2": (0, 1)}  # [stage -> ranks that are killed]
+SIZE = 2
+GRACE = 120  # seconds in which a process must have noticed that another is gone
 PAUSE = 0.004  # seconds that each step of a build is drawn out, so that a kill can fall into it
 INDEX = IndexConfig("IVF4,PQ4x4fs,Refine(SQfp16)", chunk=60, part_entries=200)
 NOT_COMPARED = ("writer.lock",)  # who wrote last
@@ -59,7 +68,7 @@ class Work:
     corpus: Path
     shard_entries: int = 150
 
-    def build(self, folder: Path, stages: Connection | None = None) -> None:
+    def build(self, folder: Path, stages: Connection | None = None, processes: Processes = Processes()) -> None:
         """Build the store, telling each step's stage where asked; runs in a process of its own."""
         common.set_threads(1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # progress bars
@@ -67,9 +76,16 @@ class Work:
         if stages is not None:
             _draw_out(stages.send)
         config = DatastoreConfig(folder, CorpusFile(self.corpus), max_tokens=200, shard_entries=self.shard_entries)
-        build_datastore(Backbone(str(self.model), device="cpu"), config)
-        with Datastore(folder) as store:
-            build_index(store, INDEX)
+        backbone = Backbone(str(self.model), device="cpu")
+        with processes.start(backbone) as ranks:
+            build_datastore(backbone, config, ranks)
+            with Datastore(folder) as store:
+                build_index(store, INDEX, ranks)
+
+    def build_as(self, rank: int, port: int, folder: Path, stages: Connection | None = None) -> None:
+        """Build the store together with another process, as if Lightning or a cluster had started both."""
+        os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        self.build(folder, stages, Processes(devices=SIZE))
 
 
 def _draw_out(tell: Callable[[str], None]) -> None:
@@ -146,38 +162,64 @@ class Crashes:
         sender.close()
         return process, receiver
 
+    @functools.cached_property
+    def steps_together(self) -> list[int]:
+        """Steps of a whole build of two processes, those of each."""
+        folder = self.root / "together"
+        started = self.start_together(folder)
+        steps = [len(_told(stages)) for _, stages in started]
+        for process, _ in started:
+            process.join()
+        if wrong := differences(contents(folder), self.expected):
+            raise RuntimeError(f"after the uninterrupted build of {SIZE} processes {', '.join(wrong)}")
+        return steps
+
+    def start_together(self, folder: Path) -> list[tuple[Any, Connection]]:
+        """Start a build of two processes, by rank."""
+        port = free_port()
+        return [self.start(self.work.build_as, rank, port, folder) for rank in range(SIZE)]
+
     def kill(self, stage: str) -> Outcome:
-        """Kill a build in a stage, run it again, and compare."""
-        folder = self.root / "killed"
+        """Kill a build in a stage, or some of its processes at any time, run it again, and compare."""
+        folder, together = self.root / "killed", stage in TOGETHER
+        killed = TOGETHER.get(stage, (0,))
         while True:
-            step = self.random.randint(1, self.steps[stage])
-            process, stages = self.start(self.work.build, folder)
-            begun = 0
+            step = self.random.randint(1, self.steps_together[killed[0]] if together else self.steps[stage])
+            started = self.start_together(folder) if together else [self.start(self.work.build, folder)]
+            stages, begun = started[killed[0]][1], 0
             try:
                 while begun < step:
-                    begun += stages.recv() == stage
+                    begun += stages.recv() == stage or together
                 time.sleep(self.random.uniform(0, 2.5 * PAUSE))
             except EOFError:
                 pass
-            process.kill()
-            process.join()
-            if process.exitcode < 0:
+            for rank in killed:
+                started[rank][0].kill()
+            problems = _end([process for process, _ in started])
+            if all(started[rank][0].exitcode < 0 for rank in killed):
                 break
             _remove(folder)  # it was faster than the signal
+        if any(process.exitcode == 0 for process, _ in started) and contents(folder) != self.expected:
+            problems.append("a process ended without an error, though the store is not whole")
         kept = _stamps(folder)
-        problems = self._opens_only_whole(folder)
-        problems += self.run_again(folder)
+        problems += self._opens_only_whole(folder)
+        problems += self.run_again(folder, together and self.random.random() < 0.5)
         if any(_stamp(folder / name) != stamp for name, stamp in kept.items()):
             problems.append("a whole shard was written again")
         _remove(folder)
         return Outcome(stage, step, len(kept), problems)
 
-    def run_again(self, folder: Path) -> list[str]:
+    def run_again(self, folder: Path, together: bool = False) -> list[str]:
         """Build to the end, and say in words how the store differs from one that was never interrupted."""
-        again = self.context.Process(target=self.work.build, args=(folder,))
-        again.start()
-        again.join()
-        problems = [f"running again ended with {again.exitcode}"] if again.exitcode else []
+        port, process = free_port(), self.context.Process
+        alone = [process(target=self.work.build, args=(folder,))]
+        both = [process(target=self.work.build_as, args=(rank, port, folder)) for rank in range(SIZE)]
+        again = both if together else alone
+        for each in again:
+            each.start()
+        for each in again:
+            each.join()
+        problems = [f"running again ended with {each.exitcode}" for each in again if each.exitcode]
         return problems + differences(contents(folder), self.expected) + [str(problem) for problem in verify(folder)]
 
     def _opens_only_whole(self, folder: Path) -> list[str]:
@@ -189,10 +231,29 @@ class Crashes:
             return []
 
 
+def free_port() -> int:
+    """A port at which two processes can find each other."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def _end(processes: list[Any]) -> list[str]:
+    """Wait for processes, and say in words which of them did not end by themselves."""
+    problems = []
+    for rank, process in enumerate(processes):
+        process.join(GRACE)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            problems.append(f"rank {rank} did not end")
+    return problems
+
+
 def _forking() -> Any:
     """Processes that begin with everything imported."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([Path(__file__).stem])
+    context.set_forkserver_preload([Path(__file__).stem, "lightning.fabric"])
     before, here = os.environ.get("PYTHONPATH"), Path(__file__).resolve().parent
     os.environ["PYTHONPATH"] = os.pathsep.join([str(here), str(here.parent), *([before] if before else [])])
     try:
@@ -265,17 +326,21 @@ def make_work(root: Path, pairs: int) -> Work:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Kill as often as asked, in all stages in turn."""
+    """Kill as often as asked, in all stages in turn, and builds of two processes likewise."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         crashes = Crashes(make_work(root, options.pairs), root, options.seed)
         start = time.perf_counter()
-        outcomes = [crashes.kill(STAGES[number % len(STAGES)]) for number in range(options.kills)]
+        stages = [*islice(cycle(STAGES), options.kills), *islice(cycle(TOGETHER), options.together)]
+        outcomes = [crashes.kill(stage) for stage in stages]
+        steps = dict(crashes.steps)
+        if options.together:
+            steps |= {stage: crashes.steps_together[ranks[0]] for stage, ranks in TOGETHER.items()}
     good = [outcome for outcome in outcomes if not outcome.problems]
     return {
         "ratio": len(good) / len(outcomes),
         "kills": dict(Counter(outcome.stage for outcome in outcomes)),
-        "steps_of_a_whole_build": dict(crashes.steps),
+        "steps_of_a_whole_build": steps,
         "different_moments": len({(outcome.stage, outcome.step) for outcome in outcomes}),
         "whole_shards_kept": dict(sorted(Counter(outcome.kept for outcome in outcomes).items())),
         "problems": [vars(outcome) for outcome in outcomes if outcome.problems],
@@ -291,10 +356,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer kills")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--kills", type=int, help="60, or 12 with --quick")
+    parser.add_argument("--together", type=int, help="kills of builds of two processes: 10, or 3 with --quick")
     parser.add_argument("--pairs", type=int, default=160, help="sentence pairs of the corpus")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    options.kills = options.kills or (12 if options.quick else 60)
+    if options.kills is None:
+        options.kills = 12 if options.quick else 60
+    if options.together is None:
+        options.together = 3 if options.quick else 10
     common.set_threads(1)
     result = measure(options)
     print("| stage | kills | steps of a whole build |\n|---|---|---|")

@@ -8,8 +8,10 @@ from pathlib import Path
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.combiners import FixedCombiner
 from lightning_knnmt.datastore import Datastore
+from lightning_knnmt.datastore.snapshot import open_together
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.index import open_index
+from lightning_knnmt.index.config import Device
 from lightning_knnmt.index.opening import read_report
 from lightning_knnmt.retrieval import DatastoreRetriever, check_rescore
 
@@ -48,16 +50,25 @@ class KnnSearch:
         datastore: Its datastore.
         index: Name of the datastore's index.
         mmap: Leave the index's entries on the disk, for one that is larger than memory.
+        device: Where the index is searched, as in `open_index`.
 
     Raises:
         DatastoreError: The datastore was built with another model, tokenizer, key type or language.
+        ValueError: FAISS has no GPU, or no GPU version of the index, where one is asked for.
     """
 
-    def __init__(self, backbone: Backbone, datastore: Datastore, index: str = "index", mmap: bool = False) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        datastore: Datastore,
+        index: str = "index",
+        mmap: bool = False,
+        device: Device = "cpu",
+    ) -> None:
         datastore.check(backbone)
         self.backbone, self.datastore = backbone, datastore
         self.index_name = index
-        self.index = open_index(datastore, index, mmap)
+        self.index = open_index(datastore, index, mmap, device)
         self.report = read_report(datastore, index)
 
     def retriever(self, k: int, nprobe: int, rescore: int = 0) -> DatastoreRetriever:
@@ -72,7 +83,19 @@ class KnnSearch:
 
 
 @contextmanager
-def open_search(backbone: Backbone, datastore: Path, index: str = "index", mmap: bool = False) -> Iterator[KnnSearch]:
-    """Open a datastore and its index for as long as the block runs."""
-    with Datastore(datastore) as store:
-        yield KnnSearch(backbone, store, index, mmap)
+def open_search(
+    backbone: Backbone, datastore: Path, index: str = "index", mmap: bool = False, device: Device = "cpu"
+) -> Iterator[KnnSearch]:
+    """Open a datastore and its index for as long as the block runs, though others change them."""
+
+    def attempt() -> KnnSearch:
+        store = Datastore(datastore)
+        try:
+            return KnnSearch(backbone, store, index, mmap, device)
+        except BaseException:
+            store.close()
+            raise
+
+    search = open_together(datastore, attempt)
+    with search.datastore:
+        yield search

@@ -3,12 +3,13 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,12 @@ from typing import Any
 import pytest
 import torch
 from script_runs import write_config
+from tqdm import tqdm
 
 import build_index
 from lightning_knnmt.backbone import Backbone, Batch
 from lightning_knnmt.data.readers import CorpusFile
-from lightning_knnmt.datastore import DatastoreConfig, DatastoreError, Manifest, build_datastore
+from lightning_knnmt.datastore import DatastoreConfig, DatastoreError, Manifest, build_datastore, ranks
 from lightning_knnmt.datastore.lock import only_writer
 from lightning_knnmt.datastore.manifest import BUILDING
 from lightning_knnmt.datastore.ranks import Processes, Ranks
@@ -79,9 +81,7 @@ def build_as(rank: int, port: int, model: Path, builds: list[tuple[DatastoreConf
 
 def start(crashes: crash.Crashes, *builds: tuple[DatastoreConfig, str]) -> list[tuple[Any, Connection]]:
     """Start both ranks of some builds."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = crash.free_port()
     return [crashes.start(build_as, rank, port, crashes.work.model, list(builds)) for rank in range(SIZE)]
 
 
@@ -154,28 +154,133 @@ def test_a_killed_rank_leaves_whole_shards_from_which_one_or_two_processes_conti
     assert {name: crash._stamp(folder / name) for name in stamps} == stamps
 
 
-@pytest.mark.slow
-def test_the_script_starts_the_other_process_and_builds_the_index(crashes: crash.Crashes, folder: Path) -> None:
+def script_config(crashes: crash.Crashes, folder: Path) -> Path:
+    """Configuration of the build that `crashes` has made in one process."""
     options = {
         "backbone": {"model": crashes.work.model, "device": "cpu"},
         "datastore": {
             "folder": folder, "corpus": {"path": crashes.work.corpus}, "max_tokens": 200,
             "shard_entries": crashes.work.shard_entries,
         },
-        "index": {"factory": crash.INDEX.factory, "chunk": crash.INDEX.chunk},
+        "index": {
+            "factory": crash.INDEX.factory, "chunk": crash.INDEX.chunk, "part_entries": crash.INDEX.part_entries
+        },
         "processes": {"devices": SIZE},
     }  # fmt: skip
-    config = write_config(folder.with_name("build.yaml"), options)
-    command = [sys.executable, str(ROOT / "build_index.py"), "--config", str(config)]
+    return write_config(folder.with_name("build.yaml"), options)
+
+
+def script_store(folder: Path) -> dict[str, str]:
+    """Checksums of what the script has built, without its record of times."""
+    found = crash.contents(folder)
+    found.pop("build.json")
+    return found
+
+
+@pytest.mark.slow
+def test_the_script_starts_the_other_process_and_builds_the_index(crashes: crash.Crashes, folder: Path) -> None:
+    command = [sys.executable, str(ROOT / "build_index.py"), "--config", str(script_config(crashes, folder))]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
-    expected = store_of(crashes.whole)
-    assert {name: sha for name, sha in store_of(folder).items() if name in expected} == expected
-    assert (folder / "index.faiss").read_bytes() == (crashes.whole / "index.faiss").read_bytes()
+    assert script_store(folder) == crashes.expected
     record = json.loads((folder / "build.json").read_text())
     assert record["encode"]["entries"] == Manifest.load(folder).entries
     assert record["indexes"]["index"]["seconds"]
     assert done.stderr.count("imbalance factor") == 1
+
+
+def variables_of(launcher: str, rank: int, port: int) -> dict[str, str]:
+    """What a launcher of two processes on one machine puts into the environment of each."""
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    if launcher == "torchrun":
+        numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": SIZE, "LOCAL_WORLD_SIZE": SIZE, "GROUP_RANK": 0}
+        return {"TORCHELASTIC_RUN_ID": "none", **common, **{name: str(number) for name, number in numbers.items()}}
+    numbers = {
+        "JOB_ID": 4711, "STEP_ID": 0, "NTASKS": SIZE, "STEP_NUM_TASKS": SIZE, "NTASKS_PER_NODE": SIZE, "NNODES": 1,
+        "PROCID": rank, "LOCALID": rank, "NODEID": 0,
+    }  # fmt: skip
+    texts = {"JOB_NAME": "build", "JOB_NODELIST": "node1", "NODELIST": "node1"}
+    return common | {f"SLURM_{name}": str(value) for name, value in (numbers | texts).items()}
+
+
+def be_launched(variables: dict[str, str], log: Path, arguments: list[str], patience: float, tell: Connection) -> None:
+    """Be a process that a launcher has started; nothing that a build does is quick here."""
+    os.environ.update(variables)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    crash.common.set_threads(1)
+    tqdm.set_lock(threading.RLock())  # its own is shared among processes, and would outlive a killed one
+    crash._draw_out(lambda _: None)
+    ranks.ARRIVAL = timedelta(seconds=patience)
+    build_index.main(arguments)
+
+
+def launch(
+    crashes: crash.Crashes, folder: Path, launcher: str, tasks: Sequence[int] = range(SIZE), patience: float = 60
+) -> list[Any]:
+    """Launch some of the two processes."""
+    port, arguments = crash.free_port(), ["build", "--config", str(script_config(crashes, folder))]
+    started = []
+    for rank in tasks:
+        log = folder.with_name(f"log-{rank}")
+        log.unlink(missing_ok=True)
+        started.append(crashes.start(be_launched, variables_of(launcher, rank, port), log, arguments, patience)[0])
+    return started
+
+
+def exit_codes(processes: list[Any]) -> list[int]:
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_launched_processes_build_the_store_of_one_after_others_of_them_died(
+    crashes: crash.Crashes, folder: Path, launcher: str
+) -> None:
+    if launcher == "srun":
+        for task in range(SIZE):  # its fellow never comes
+            assert exit_codes(launch(crashes, folder, launcher, [task], patience=1)) == [2]
+            log = folder.with_name(f"log-{task}").read_text()
+            assert "error: the 2 processes of this build could not all be started: " in log and "Traceback" not in log
+            assert not folder.exists()
+    started = launch(crashes, folder, launcher)
+    while not (folder / BUILDING).exists() or len(Manifest.load(folder, BUILDING).shards) < SIZE:
+        time.sleep(0.01)
+    started[1].kill()
+    assert exit_codes(started) == [2, -signal.SIGKILL]
+    assert "error: another process of this build has ended" in folder.with_name("log-0").read_text()
+    begun = Manifest.load(folder, BUILDING)
+    stamps = {shard.file: crash._stamp(folder / shard.file) for shard in begun.shards}
+    assert 2 <= len(stamps) < len(Manifest.load(crashes.whole).shards)
+    assert exit_codes(launch(crashes, folder, launcher)) == [0, 0]
+    assert script_store(folder) == crashes.expected
+    assert {name: crash._stamp(folder / name) for name in stamps} == stamps
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun"])
+def test_what_one_process_does_is_refused_in_several(
+    marian_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    launcher: str,
+) -> None:  # fmt: skip
+    for name, value in variables_of(launcher, 0, 1).items():
+        monkeypatch.setenv(name, value)
+    folder = f"--folder={tmp_path}"
+    model = [f"--backbone.model={marian_folder}", "--backbone.device=cpu"]
+    for arguments in (
+        ["append", *model, f"--datastore.folder={tmp_path}", "--datastore.corpus.path=a.tsv"],
+        ["remove", folder, "--document=a"], ["compact", folder],
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as exit:
+            build_index.main(arguments)
+        assert exit.value.code == 2
+        expected = (
+            f"error: {launcher} started 2 processes, but {arguments[0]} runs in one; start one, without {launcher}"
+        )
+        assert expected in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert ranks.started_processes() == (None, 1)
 
 
 def test_no_build_begins_before_the_last_rank_of_another_has_left(folder: Path) -> None:
@@ -234,11 +339,21 @@ def test_commands_are_looked_up_and_options_alone_build(
     assert "the command is 'verfy', expected one of build, plan, verify, append" in capsys.readouterr().err
 
 
-def test_wrong_numbers_of_processes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_numbers_of_processes_are_named(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="devices is 0, expected 1 or more"):
         Processes(devices=0)
+    for name, value in variables_of("srun", 0, 1).items():
+        monkeypatch.setenv(name, value)
+    message = "srun started 2 processes, but devices is 1 and num_nodes 1, expected"
+    with pytest.raises(ValueError, match=message), Processes().start(backbone):
+        pass
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE")
+    message = "the 2 processes of this build could not all be started: You set `--ntasks=2`"
+    with pytest.raises(DatastoreError, match=message), Processes(devices=2).start(backbone):
+        pass
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="torchrun started 4 processes, but devices is 2 and num_nodes 1, expected"):
-        Processes(devices=2)
+    message = "torchrun started 4 processes, but devices is 2 and num_nodes 1, expected"
+    with pytest.raises(ValueError, match=message), Processes(devices=2).start(backbone):
+        pass
     assert Processes(devices=2, num_nodes=2).accelerator == "auto"

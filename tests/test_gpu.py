@@ -3,12 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import faiss
 import numpy as np
 import pytest
 import torch
 from tiny_models import ENGLISH, GERMAN, TinyFamily
-from tiny_stores import build_store, corpus_pairs
+from tiny_stores import build_store, clumpy_keys, corpus_pairs, write_store
 
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.data.pairs import Pair
@@ -16,7 +18,10 @@ from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding
 from lightning_knnmt.evaluation.tuning import Grid, likelihoods, reference_states, tune
 from lightning_knnmt.explanation import explain
-from lightning_knnmt.index import IndexConfig, build_index, open_index
+from lightning_knnmt.index import FaissIndex, IndexConfig, IndexReport, build_index, open_index
+from lightning_knnmt.index.faiss_index import read_index
+from lightning_knnmt.index.gpu import adder, find_gpus, has_gpu_version
+from lightning_knnmt.index.layers import find_ivf, innermost
 from lightning_knnmt.retrieval import DatastoreRetriever
 from lightning_knnmt.search import KnnSearch, KnnSettings
 
@@ -27,6 +32,15 @@ PAIRS = corpus_pairs(40)
 VALIDATION = [Pair(f"7{pair.src}", pair.tgt) for pair in corpus_pairs(9, seed=3)]
 DECODING = Decoding(beams=1, batch_size=4, max_new_tokens=12)
 FP16 = {"rtol": 3e-3, "atol": 3e-3}
+
+with_faiss = pytest.mark.skipif(faiss.get_num_gpus() == 0, reason="needs a GPU build of FAISS (requirements-gpu.txt)")
+ENTRIES, KEY_SIZE, K = 6000, 32, 10
+KEYS, VALUES = clumpy_keys(ENTRIES, KEY_SIZE)
+QUERIES = clumpy_keys(100, KEY_SIZE, seed=1)[0].astype(np.float32)
+SQUARED = ((QUERIES[:, None].astype(np.float64) - KEYS[None].astype(np.float64)) ** 2).sum(2)
+NEAREST = SQUARED.argsort(axis=1, kind="stable")[:, :K]
+SEARCHED = ["IVF16,Flat", "IVF16,SQ8", "IVF16,PQ8", "OPQ8,IVF16,PQ8", "IVF16_HNSW32,PQ8"]
+FILLED = [*SEARCHED, "IVF16,PQ16x4fs,Refine(SQfp16)", "OPQ8,IVF16,PQ8x4fs", "IVF16,RaBitQfs2"]
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +118,126 @@ def test_explanations_on_the_gpu_are_those_on_the_cpu(on_cpu: Backbone, on_gpu: 
             assert found.model_probability == pytest.approx(expected.model_probability, abs=1e-3)
             distances = [neighbor.distance for neighbor in expected.neighbors]
             assert [neighbor.distance for neighbor in found.neighbors] == pytest.approx(distances, rel=1e-2, abs=1e-2)
+
+
+@pytest.fixture(scope="module")
+def clumps(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
+    with write_store(tmp_path_factory.mktemp("clumps") / "store", KEYS, VALUES, [2500, 1, 1999, 1500]) as store:
+        yield store
+
+
+def built(store: Datastore, factory: str, device: Any, layout: Any = "whole") -> tuple[str, IndexReport]:
+    """The name and report of an index, which is built once."""
+    name = "".join(letter if letter.isalnum() else "_" for letter in f"{factory}_{device}_{layout}")
+    config = IndexConfig(factory, name=name, device=device, layout=layout, part_entries=2500, chunk=900)
+    return name, build_index(store, config)
+
+
+def overlap(found: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found, expected, strict=True)]))
+
+
+@with_faiss
+@pytest.mark.parametrize("factory", ["Flat", *FILLED])
+def test_an_index_built_on_gpus_is_as_good_as_one_built_on_the_cpu(clumps: Datastore, factory: str) -> None:
+    recalls, reports = [], []
+    for device in ("cpu", "gpu"):
+        name, report = built(clumps, factory, device)
+        index = open_index(clumps, name)
+        index.set_nprobe(16)
+        distances, ids = index.search(QUERIES, K)
+        assert (ids >= 0).all() and (ids < ENTRIES).all()
+        recalls.append(overlap(ids, NEAREST))
+        reports.append(report)
+        if factory in ("Flat", "IVF16,Flat"):
+            np.testing.assert_array_equal(ids, NEAREST)
+            np.testing.assert_allclose(distances, np.take_along_axis(SQUARED, ids, 1), rtol=1e-4)
+        if (ivf := find_ivf(index.index)) is not None:
+            assert ivf.clustering_index is None
+            ids = np.concatenate([faiss.rev_swig_ptr(ivf.invlists.get_ids(n), s) for n, s in _lists(ivf)])
+            assert sorted(ids.tolist()) == list(range(ENTRIES))
+        if hasattr(codes := innermost(index.index), "pq"):
+            assert codes.pq.assign_index is None
+    assert recalls[1] == pytest.approx(recalls[0], abs=0.05)
+    if reports[0].imbalance_factor is not None:
+        assert reports[1].imbalance_factor == pytest.approx(reports[0].imbalance_factor, rel=0.1)
+        assert reports[1].homogeneity == pytest.approx(reports[0].homogeneity, abs=0.05)
+
+
+def _lists(ivf: Any) -> list[tuple[int, int]]:
+    sizes = [(number, ivf.invlists.list_size(number)) for number in range(ivf.nlist)]
+    return [(number, size) for number, size in sizes if size]
+
+
+@with_faiss
+@pytest.mark.parametrize("factory", FILLED)
+def test_keys_added_on_gpus_are_where_the_cpu_puts_them(clumps: Datastore, factory: str) -> None:
+    name, _ = built(clumps, factory, "cpu")
+    indexes = []
+    for gpus in (None, find_gpus("gpu")):
+        index = read_index(clumps.folder / f"{name}.faiss")
+        index.reset()
+        with adder(index, gpus) as add:
+            for keys in np.split(KEYS.astype(np.float32), [2500, 2507]):
+                add(keys)
+        indexes.append(FaissIndex(index))
+    cpu, gpu = indexes
+    lists = [index.list_of_entries() for index in indexes]
+    assert (lists[0] == lists[1]).mean() > (0.95 if "HNSW" in factory else 0.999)  # a graph may miss the nearest list
+    for index in indexes:
+        index.set_nprobe(16)
+    assert len(gpu) == len(cpu) == ENTRIES
+    assert overlap(gpu.search(QUERIES, K)[1], cpu.search(QUERIES, K)[1]) > 0.98
+
+
+@with_faiss
+def test_parts_filled_on_gpus_merge_into_what_one_pass_writes(clumps: Datastore) -> None:
+    name, _ = built(clumps, "IVF16,Flat", "gpu")
+    whole = open_index(clumps, name)
+    config = IndexConfig("IVF16,Flat", name="merged", device="gpu", part_entries=2500, chunk=900)
+    build_index(clumps, config)
+    for index in (whole, merged := open_index(clumps, "merged")):
+        index.set_nprobe(16)
+    np.testing.assert_array_equal(merged.search(QUERIES, K)[1], whole.search(QUERIES, K)[1])
+
+
+@with_faiss
+@pytest.mark.parametrize("layout", ["whole", "shards"])
+@pytest.mark.parametrize("factory", ["Flat", *SEARCHED])
+def test_a_search_on_gpus_finds_what_one_on_the_cpu_does(clumps: Datastore, factory: str, layout: Any) -> None:
+    name, _ = built(clumps, factory, "cpu", layout)
+    cpu, gpu = (open_index(clumps, name, device=device) for device in ("cpu", "gpu"))
+    assert has_gpu_version(gpu.index) and gpu.device.startswith("gpu 0")
+    for nprobe in (4, 1, 16):
+        for index in (cpu, gpu):
+            index.set_nprobe(nprobe)
+        (expected, ids), (distances, found) = (index.search(QUERIES, K) for index in (cpu, gpu))
+        assert overlap(found, ids) > (
+            0.9 if "HNSW" in factory else 0.97
+        )  # fp16 tables of PQ, and graphs that miss lists
+        np.testing.assert_allclose(np.median(distances, 0), np.median(expected, 0), rtol=1e-2)
+        if factory in ("Flat", "IVF16,Flat"):
+            np.testing.assert_array_equal(found, ids)
+    with pytest.raises(ValueError, match="k is 2049, expected 2048 or less on GPUs"):
+        gpu.search(QUERIES, 2049)
+
+
+@with_faiss
+def test_fewer_entries_than_neighbors_are_filled_up_on_gpus_as_on_the_cpu(clumps: Datastore) -> None:
+    name, _ = built(clumps, "IVF16,Flat", "cpu")
+    cpu, gpu = (open_index(clumps, name, device=device) for device in ("cpu", "gpu"))
+    (expected, ids), (distances, found) = (index.search(QUERIES, 1500) for index in (cpu, gpu))
+    assert (ids < 0).any()
+    np.testing.assert_array_equal(found < 0, ids < 0)
+    np.testing.assert_array_equal(np.isinf(distances), np.isinf(expected))
+
+
+@with_faiss
+def test_translations_with_an_index_on_gpus_are_those_with_one_on_the_cpu(on_cpu: Backbone, store: Datastore) -> None:
+    settings = KnnSettings(k=4, lambda_=0.6, temperature=8.0, nprobe=4)
+    sources = [pair.src for pair in VALIDATION]
+    texts = [
+        KnnSearch(on_cpu, store, device=device).translator(settings, DECODING).translate(sources).texts
+        for device in ("cpu", "gpu")
+    ]
+    assert texts[0] == texts[1]

@@ -2,96 +2,47 @@
 
 import json
 import logging
-import os
 import shutil
-import signal
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise, product
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
+from living_stores import FACTORIES, NEW, OLD, K, appending, contents, found, make_built, make_grown, queries
 from script_runs import write_config
-from tiny_stores import build_store, by_place, corpus_pairs, harm_file, write_corpus
+from tiny_stores import build_store, by_place, harm_file, write_corpus
 
 import build_index as script
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError, Manifest, build_datastore
-from lightning_knnmt.datastore.files import PartialFile
-from lightning_knnmt.datastore.lock import only_writer
+from lightning_knnmt.datastore import Datastore, DatastoreError, Manifest, build_datastore
 from lightning_knnmt.datastore.manifest import BUILDING
+from lightning_knnmt.datastore.mapped_keys import MappedKeys
 from lightning_knnmt.datastore.removal import remove_documents
-from lightning_knnmt.datastore.shard import TEXTS
 from lightning_knnmt.datastore.verify import verify
-from lightning_knnmt.index import IndexConfig, build_index, open_index, open_parts, updating
+from lightning_knnmt.index import IndexConfig, build_index, open_index, open_parts
 from lightning_knnmt.index.opening import read_report
 from lightning_knnmt.index.updating import append_pairs, compact
 from lightning_knnmt.search import open_search
-
-OLD, NEW = corpus_pairs(40), [replace(pair, src=f"neu {pair.src}") for pair in corpus_pairs(15, seed=1)]
-K = 12
-FACTORIES = {
-    "flat": IndexConfig("Flat"),
-    "ivf": IndexConfig("IVF4,Flat"),
-    "fast": IndexConfig("IVF4,PQ4x4fs,Refine(SQfp16)"),
-    "graph": IndexConfig("HNSW16"),
-    "parts": IndexConfig("IVF4,SQ8", layout="shards", part_entries=80),
-}
 
 
 @pytest.fixture(scope="module")
 def built(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of the old pairs with an index of every family; to be left as it is."""
-    folder = tmp_path_factory.mktemp("built") / "store"
-    with build_store(backbone, folder, OLD, shard_entries=60) as store:
-        for name, config in FACTORIES.items():
-            build_index(store, replace(config, name=name))
-    return folder
+    return make_built(backbone, tmp_path_factory.mktemp("built") / "store")
 
 
 @pytest.fixture(scope="module")
 def grown(backbone: Backbone, built: Path) -> Path:
     """A copy with the new pairs appended; to be left as it is."""
-    folder = built.parent / "grown" / "store"
-    shutil.copytree(built, folder)
-    change = append_pairs(backbone, appending(folder))
-    assert (change.pairs, change.known) == (len(NEW), 0)
-    return folder
+    return make_grown(backbone, built, built.parent / "grown" / "store")
 
 
 @pytest.fixture
 def folder(built: Path, tmp_path: Path) -> Path:
     """A copy of the store of the old pairs."""
     return shutil.copytree(built, tmp_path / "store")
-
-
-def appending(folder: Path, pairs: list[Pair] = NEW) -> DatastoreConfig:
-    corpus = write_corpus(folder.parent / "new.jsonl", pairs)
-    return DatastoreConfig(folder, corpus, max_tokens=128, shard_entries=60)
-
-
-def queries(store: Datastore) -> np.ndarray:
-    """Near the stored keys, so that every one of them is somebody's neighbor."""
-    keys = np.concatenate(list(store.key_chunks()))[:: max(1, len(store) // 60)].astype(np.float32)
-    return keys + np.random.default_rng(0).normal(scale=0.05, size=keys.shape).astype(np.float32)
-
-
-def found(store: Datastore, name: str, asked: np.ndarray, k: int = K) -> list[dict[tuple[Pair, int], float]]:
-    """(pair, position) -> distance of the neighbors of each query, all lists searched."""
-    index = open_index(store, name)
-    index.set_nprobe(1000)
-    places = []
-    for shard in store.shards:
-        texts = zip(*(shard.file[text].asstr()[:] for text in TEXTS), strict=True)
-        for each, entries in zip(texts, np.diff(shard.starts), strict=True):
-            places += [(Pair(*each), position) for position in range(entries)]
-    return [
-        {places[entry]: float(distance) for distance, entry in zip(near, ids, strict=True) if entry >= 0}
-        for near, ids in zip(*index.search(asked, k), strict=True)
-    ]
 
 
 def assert_same_neighbors(
@@ -105,10 +56,6 @@ def assert_same_neighbors(
         for place, distance in one.items():
             if distance < 0.99 * farthest:
                 assert other[place] == pytest.approx(distance, rel=1e-2, abs=1e-3)
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "writer.lock"}
 
 
 def test_an_appended_store_is_one_that_was_built_with_all_pairs(
@@ -294,179 +241,10 @@ def test_an_open_reader_works_on_while_others_change_the_store(backbone: Backbon
         compact(folder)
         assert {name: index.search(asked, K)[1].tolist() for name, index in indexes.items()} == before
         assert {store.context(entry).pair for entry in range(len(store))} == set(OLD)
+        rows = MappedKeys(store).rows(np.arange(len(store)))  # as for exact distances, from files that are gone by now
+        assert (rows == np.concatenate(list(store.key_chunks()))).all()
         with pytest.raises(DatastoreError, match="was changed after it was opened; open it again"):
             open_index(late, "flat")
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing that the program does can catch it."""
-
-
-def stopping_points(folder: Path, change: Callable[[], object], patch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Run a change again and again, each time stopped one file later than before, until it comes to its end."""
-    finish, files = PartialFile.finish, [0]
-    stop = 0
-    while True:
-        files[0] = 0
-
-        def count(self: PartialFile, stop: int = stop) -> None:
-            files[0] += 1
-            if files[0] > stop:
-                raise Killed(self.path.name)
-            finish(self)
-
-        with patch.context() as patched:
-            patched.setattr(PartialFile, "finish", count)
-            try:
-                change()
-            except Killed as killed:
-                yield str(killed)
-            else:
-                return
-        stop += 1
-
-
-@pytest.mark.parametrize("action", ["append", "compact"])
-def test_a_change_that_is_stopped_has_changed_nothing_and_can_be_repeated(
-    backbone: Backbone, folder: Path, grown: Path, monkeypatch: pytest.MonkeyPatch, action: str
-) -> None:
-    if action == "compact":
-        shutil.rmtree(folder)
-        shutil.copytree(grown, folder)
-        remove_documents(folder, ["page-2"])
-    config, names = appending(folder), ("fast", "parts")
-    for path in (path for name in {*FACTORIES} - {*names} for path in list(folder.glob(f"{name}.*"))):
-        path.unlink()
-    before = Manifest.load(folder)
-    stopped = []
-
-    def change() -> None:
-        append_pairs(backbone, config) if action == "append" else compact(folder)
-
-    with Datastore(folder) as store:
-        asked = queries(store)
-        expected = {name: found(store, name, asked, 3) for name in names}
-    for file in stopping_points(folder, change, monkeypatch):
-        stopped.append(file)
-        assert Manifest.load(folder) == before
-        assert verify(folder) == []
-        with Datastore(folder) as store:
-            assert {name: found(store, name, asked, 3) for name in expected} == expected
-    assert len(stopped) > 5
-    after = Manifest.load(folder)
-    assert after.generation == before.generation + 1
-    assert verify(folder) == []
-    with Datastore(folder) as store:
-        rest = [pair for pair in [*OLD, *NEW] if action == "append" or pair.document != "page-2"]
-        assert sorted(store.sources()) == sorted(pair.src for pair in rest)
-        for name in names:
-            assert len(open_index(store, name)) == len(store)
-    stem = f".{after.generation}."
-    indexes = [path.name for path in folder.glob("*.faiss")] + [f"{name}{stem}json" for name in names]
-    assert len(indexes) == sum(stem in name for name in indexes)
-    assert {"manifest.json", "writer.lock", "corpus.jsonl", *(shard.file for shard in after.shards), *indexes} == {
-        path.name for path in folder.iterdir()
-    }
-
-
-def test_what_a_process_killed_after_its_change_left_is_cleared_away_by_the_same_command(
-    backbone: Backbone, folder: Path, grown: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def kill(*_: object) -> None:
-        raise Killed
-
-    with monkeypatch.context() as patched:
-        patched.setattr(updating, "remove_leftovers", kill)
-        with pytest.raises(Killed):
-            append_pairs(backbone, appending(folder))
-    assert verify(folder) == []
-    assert (folder / "flat.faiss").exists()
-    with Datastore(folder) as store:
-        assert len(open_index(store, "flat")) == len(store)
-    assert append_pairs(backbone, appending(folder)).pairs == 0
-    assert set(contents(folder)) == set(contents(grown))
-
-
-def append_until_killed(model: str, config: DatastoreConfig, steps: int) -> None:
-    finish = PartialFile.finish
-
-    def kill(self: PartialFile) -> None:
-        nonlocal steps
-        if (steps := steps - 1) < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        finish(self)
-
-    PartialFile.finish = kill  # type: ignore[method-assign]
-    append_pairs(Backbone(model, device="cpu"), config)
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_an_append_that_is_killed_continues_after_its_last_whole_shard(backbone: Backbone, folder: Path) -> None:
-    config = replace(appending(folder), shard_entries=20)
-    before = Manifest.load(folder)
-    process = get_context("spawn").Process(target=append_until_killed, args=(backbone.name, config, 6))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert Manifest.load(folder) == before and verify(folder) == []
-    begun = Manifest.load(folder, BUILDING).shards
-    assert len(begun) > len(before.shards)
-    written = {shard.file: (folder / shard.file).stat().st_mtime_ns for shard in begun}
-    append_pairs(backbone, config)
-    assert verify(folder) == []
-    assert {name: (folder / name).stat().st_mtime_ns for name in written} == written
-    with Datastore(folder) as store:
-        assert sorted(store.sources()) == sorted(pair.src for pair in [*OLD, *NEW])
-
-
-def test_another_corpus_than_the_one_that_was_stopped_begins_anew(
-    backbone: Backbone, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    points = stopping_points(folder, lambda: append_pairs(backbone, appending(folder)), monkeypatch)
-    while not next(points).startswith("fast"):  # some indexes have been extended
-        pass
-    points.close()
-    append_pairs(backbone, appending(folder, NEW[5:9]))
-    assert verify(folder) == []
-    with Datastore(folder) as store:
-        assert sorted(store.sources()) == sorted(pair.src for pair in [*OLD, *NEW[5:9]])
-        assert all(len(open_index(store, name)) == len(store) for name in FACTORIES)
-
-
-def test_what_does_not_fit_is_refused_and_changes_nothing(backbone: Backbone, folder: Path, tmp_path: Path) -> None:
-    other = Backbone(backbone.name, key_type="ffn_input", device="cpu")
-    none = tmp_path / "none"
-    before = contents(folder)
-    with pytest.raises(DatastoreError, match=r"does not fit the model .*key_type decoder_output against ffn_input"):
-        append_pairs(other, appending(folder))
-    for change in (lambda: compact(none), lambda: remove_documents(none, ["a"])):
-        with pytest.raises(DatastoreError, match=r"none holds no datastore"):
-            change()
-    assert not none.exists()
-    with pytest.raises(DatastoreError, match=r"has no document 'page1': did you mean 'page-"):
-        remove_documents(folder, ["page-0", "page1"])
-    with pytest.raises(DatastoreError, match=r"has no document 'xyz': it has 3 documents"):
-        remove_documents(folder, ["xyz"])
-    with pytest.raises(DatastoreError, match=r"document is ''"):
-        remove_documents(folder, [""])
-    with only_writer(folder):
-        for change in (
-            lambda: compact(folder), lambda: remove_documents(folder, ["page-0"]),
-            lambda: append_pairs(backbone, appending(folder)),
-        ):  # fmt: skip
-            with pytest.raises(DatastoreError, match="is being written to by process"):
-                change()
-    assert contents(folder) == before
-    remove_documents(folder, ["page-0"])
-    shard = folder / "shard-00001.h5"
-    harm_file(shard, "changed")
-    with pytest.raises(DatastoreError, match=r"shard-00001.h5 is damaged .its checksum is another.; restore it first"):
-        compact(folder)
-    shard.write_bytes(before[shard.name])
-    harm_file(folder / "ivf.faiss", "changed")
-    for change in (lambda: append_pairs(backbone, appending(folder)), lambda: compact(folder)):
-        with pytest.raises(DatastoreError, match=r"ivf.faiss is missing or damaged; build the index again"):
-            change()
 
 
 def test_a_store_lives_through_the_command_line(

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_knnmt.datastore.shard import KEY_DTYPE, open_shard
+from lightning_knnmt.datastore.shard import KEY_DTYPE
 from lightning_knnmt.datastore.store import Datastore
 
 
@@ -14,22 +14,13 @@ class MappedKeys:
 
     Args:
         datastore: Whose keys to read. It need not stay open.
-
-    Raises:
-        DatastoreError: A shard is missing or damaged.
     """
 
     def __init__(self, datastore: Datastore) -> None:
         self.key_size = datastore.key_size
-        shards = datastore.manifest.shards
-        self._starts = np.cumsum([0, *(shard.entries for shard in shards)])
-        self._shards: list[NDArray[np.float16]] = []
-        for shard in shards:
-            with open_shard(datastore.folder, shard, self.key_size) as file:
-                offset, shape = file["keys"].id.get_offset(), file["keys"].shape
-            path = datastore.folder / shard.file
-            empty = np.empty(shape, KEY_DTYPE)  # nothing can be mapped
-            self._shards.append(np.memmap(path, KEY_DTYPE, "r", offset, shape) if shard.entries else empty)
+        self._paths = [datastore.folder / shard.file for shard in datastore.manifest.shards]
+        self._shards = datastore.mapped_keys()
+        self._starts = np.cumsum([0, *map(len, self._shards)])
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -50,13 +41,15 @@ class MappedKeys:
     def chunks(self, entries: range, chunk: int) -> Iterator[NDArray[np.float16]]:
         """The keys of entries that follow each other, in arrays of shape (up to `chunk`, D).
 
+        They are read from files that must still be there, as they are for whoever writes to the datastore.
+
         Args:
             entries: Their numbers.
             chunk: Most keys of an array.
         """
-        for start, shard in zip(self._starts, self._shards, strict=False):
+        for start, path, shard in zip(self._starts, self._paths, self._shards, strict=False):
             for first in range(max(entries.start, start), min(entries.stop, start + len(shard)), chunk):
                 rows = min(chunk, entries.stop - first, start + len(shard) - first)
                 offset = shard.offset + shard[0].nbytes * int(first - start)  # type: ignore[attr-defined]
-                content = np.fromfile(shard.filename, KEY_DTYPE, rows * self.key_size, offset=offset)  # type: ignore[attr-defined]
+                content = np.fromfile(path, KEY_DTYPE, rows * self.key_size, offset=offset)
                 yield content.reshape(rows, self.key_size)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
 from torch import distributed
 
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.datastore.errors import DatastoreError
 
 T = TypeVar("T")
+ARRIVAL = timedelta(minutes=10)  # how long processes wait until all have started
 PATIENCE = timedelta(days=1)  # the first rank may read a large store through while the others wait
 
 
@@ -25,10 +25,12 @@ class Ranks:
     Attributes:
         rank: Number of this process, from 0.
         size: How many there are.
+        group: What they talk through, with the backend gloo, which notices at once when one is gone.
     """
 
     rank: int = 0
     size: int = 1
+    group: distributed.ProcessGroup | None = None
 
     def each(self, make: Callable[[], T]) -> list[T]:
         """What every rank makes, in the order of the ranks, on all of them.
@@ -47,7 +49,7 @@ class Ranks:
             failed = error
         told: list[Any] = [None] * self.size
         try:
-            distributed.all_gather_object(told, (made, None if failed is None else _sendable(failed)))
+            distributed.all_gather_object(told, (made, None if failed is None else _sendable(failed)), self.group)
         except RuntimeError as gone:
             raise failed or DatastoreError(
                 f"another process of this build has ended ({gone}); run the same command again, and it continues"
@@ -93,30 +95,61 @@ class Processes:
         for name in ("devices", "num_nodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
-        started = int(os.environ["WORLD_SIZE"]) if distributed.is_torchelastic_launched() else None
-        if started not in (None, self.devices * self.num_nodes):
-            raise ValueError(
-                f"torchrun started {started} processes, but devices is {self.devices} and num_nodes {self.num_nodes}, "
-                "expected numbers whose product is that of the processes"
-            )
 
     @contextmanager
     def start(self, backbone: Backbone) -> Iterator[Ranks]:
-        """Start what is not started yet, each process with its backbone on its own device."""
-        if self.devices * self.num_nodes == 1:
+        """Start what is not started yet, each process with its backbone on its own device.
+
+        Raises:
+            ValueError: Another number of processes was started than was asked for.
+            DatastoreError: Not all of them have come.
+        """
+        wanted = self.devices * self.num_nodes
+        by, started = started_processes()
+        if by is not None and started != wanted:
+            raise ValueError(
+                f"{by} started {started} processes, but devices is {self.devices} and num_nodes {self.num_nodes}, "
+                "expected numbers whose product is that of the processes"
+            )
+        if wanted == 1:
             yield Ranks()
             return
         from lightning.fabric import Fabric
         from lightning.fabric.strategies import DDPStrategy
 
         accelerator = backbone.device.type if self.accelerator == "auto" else self.accelerator
-        strategy = DDPStrategy(timeout=PATIENCE) if self.strategy in ("auto", "ddp") else self.strategy
-        fabric = Fabric(accelerator=accelerator, devices=self.devices, num_nodes=self.num_nodes, strategy=strategy)
-        fabric.launch()
-        backbone.to(fabric.device)
-        if fabric.device.type == "cuda":
-            torch.cuda.set_device(fabric.device)  # where objects are gathered
+        strategy = DDPStrategy(timeout=ARRIVAL) if self.strategy in ("auto", "ddp") else self.strategy
         try:
-            yield Ranks(fabric.global_rank, fabric.world_size)
+            fabric = Fabric(accelerator=accelerator, devices=self.devices, num_nodes=self.num_nodes, strategy=strategy)
+            fabric.launch()
+            group = distributed.new_group(timeout=PATIENCE, backend="gloo")
+        except RuntimeError as error:
+            raise DatastoreError(f"the {wanted} processes of this build could not all be started: {error}") from error
+        backbone.to(fabric.device)
+        try:
+            yield Ranks(fabric.global_rank, fabric.world_size, group)
         finally:
             distributed.destroy_process_group()
+
+
+def started_processes() -> tuple[str | None, int]:
+    """The command that has started this process beside others, if one has, and how many it has started.
+
+    A shell that SLURM opened, or a script that it runs, is no such command: `srun` is.
+    """
+    if distributed.is_torchelastic_launched():
+        return "torchrun", int(os.environ["WORLD_SIZE"])
+    if "SLURM_STEP_NUM_TASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        return "srun", int(os.environ["SLURM_STEP_NUM_TASKS"])
+    return None, 1
+
+
+def refuse_several_processes(command: str) -> None:
+    """Refuse to run what one process does alone in several.
+
+    Raises:
+        ValueError: Others were started beside this one.
+    """
+    by, started = started_processes()
+    if started > 1:
+        raise ValueError(f"{by} started {started} processes, but {command} runs in one; start one, without {by}")

@@ -1,5 +1,6 @@
 """One HDF5 file of keys and values, with the sentences that they come from."""
 
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -109,6 +110,21 @@ def open_shard(folder: Path, shard: ShardInfo, key_size: int) -> h5py.File:
         file.close()
         raise DatastoreError(f"{path} {error}; build the datastore again") from error
     return file
+
+
+def map_keys(file: h5py.File) -> NDArray[np.float16]:
+    """The keys of an open shard, shape (N, D), mapped into memory for longer than the shard stays open.
+
+    Args:
+        file: The shard, whose file may have been removed since it was opened.
+    """
+    keys = file["keys"]
+    if not len(keys):  # nothing can be mapped
+        return np.empty(keys.shape, KEY_DTYPE)
+    if os.name == "nt":  # which removes nothing that is open
+        return np.memmap(file.filename, KEY_DTYPE, "r", keys.id.get_offset(), keys.shape)
+    with open(file.id.get_vfd_handle(), "rb", closefd=False) as same:
+        return np.memmap(same, KEY_DTYPE, "r", keys.id.get_offset(), keys.shape)
 
 
 def _check_contents(file: h5py.File, shard: ShardInfo, key_size: int) -> None:

@@ -15,7 +15,8 @@ from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore.errors import DatastoreError
 from lightning_knnmt.datastore.manifest import FILE_NAME, Provenance, read_manifest
 from lightning_knnmt.datastore.removed import Removed
-from lightning_knnmt.datastore.shard import open_shard
+from lightning_knnmt.datastore.shard import map_keys, open_shard
+from lightning_knnmt.datastore.snapshot import open_together
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class Datastore:
     Entries are numbered from 0 over all shards, in the order of the shards. What is appended follows, and what is
     removed keeps its numbers, keys and values: indexes skip it. Only `compact` gives entries other numbers.
 
+    What is open stays what it was, whatever others do to the datastore: all shards are opened at once, and a file that
+    was removed since can still be read where it is open (Windows does not remove it).
+
     Args:
         folder: Folder that `build_index.py` wrote.
         manifest: File name of the manifest; another than the usual one is that of a change which is under way.
@@ -77,16 +81,21 @@ class Datastore:
 
     def __init__(self, folder: Path, manifest: str = FILE_NAME) -> None:
         self.folder = Path(folder)
+        open_together(self.folder, lambda: self._open(manifest), manifest)
+        self._starts = np.cumsum([0, *(shard.entries for shard in self.manifest.shards)])
+
+    def _open(self, manifest: str) -> None:
         self.manifest, self.fingerprint = read_manifest(self.folder, manifest)
         self.removed = Removed.load(self.folder, self.manifest.removed, self.manifest.entries)
         self._files: list[h5py.File] = []
         try:
             for shard in self.manifest.shards:
                 self._files.append(open_shard(self.folder, shard, self.key_size))
+            if read_manifest(self.folder, manifest)[0] != self.manifest:  # whose shards may have the same names
+                raise DatastoreError(f"{self.folder} was changed while it was opened; open it again")
         except BaseException:
             self.close()
             raise
-        self._starts = np.cumsum([0, *(shard.entries for shard in self.manifest.shards)])
 
     @property
     def key_size(self) -> int:
@@ -108,6 +117,10 @@ class Datastore:
             keys = file["keys"]
             for start in range(0, len(keys), chunk):
                 yield keys[start : start + chunk]
+
+    def mapped_keys(self) -> list[NDArray[np.float16]]:
+        """The keys of each shard, shape (its entries, D), mapped into memory for longer than the datastore is open."""
+        return [map_keys(file) for file in self._files]
 
     def sample_keys(self, size: int, seed: int = 1, block: int = 65536) -> NDArray[np.float32]:
         """A uniform sample of the keys without repetition, shape (min(size, N), D).

@@ -8,6 +8,7 @@ from lightning_knnmt.datastore.files import file_sha256, is_inside
 from lightning_knnmt.datastore.index_files import description_file, find_indexes, generation_name, index_file, part_file
 from lightning_knnmt.datastore.manifest import FILE_NAME, ShardInfo, read_manifest
 from lightning_knnmt.datastore.sealed import read_sealed
+from lightning_knnmt.datastore.snapshot import open_together
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,17 @@ class Problem:
         return f"{self.file} {self.what}"
 
 
+class _DamagedError(DatastoreError):
+    def __init__(self, problems: list[Problem]) -> None:
+        super().__init__("; ".join(map(str, problems)))
+        self.problems = problems
+
+
 def verify(folder: Path) -> list[Problem]:
     """Compare all files of a datastore and of its indexes with their checksums; nothing is changed.
 
-    Every byte is read. Opening a datastore looks at shapes and sizes only, which takes no time.
+    Every byte is read, and if others change the datastore meanwhile, what they have made of it. Opening a datastore
+    looks at shapes and sizes only, which takes no time.
 
     Args:
         folder: The datastore's.
@@ -37,6 +45,19 @@ def verify(folder: Path) -> list[Problem]:
     Returns:
         What is wrong; nothing if all is well.
     """
+
+    def check() -> None:
+        if problems := _problems(folder):
+            raise _DamagedError(problems)
+
+    try:
+        open_together(folder, check)
+    except _DamagedError as damaged:
+        return damaged.problems
+    return []
+
+
+def _problems(folder: Path) -> list[Problem]:
     try:
         manifest, fingerprint = read_manifest(folder)
     except DatastoreError as error:

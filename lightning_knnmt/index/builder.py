@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import faiss
@@ -21,6 +22,7 @@ from lightning_knnmt.functional.clusters import homogeneity, imbalance_factor
 from lightning_knnmt.index.config import IndexConfig, choose_factory
 from lightning_knnmt.index.factory import check_sample, default_train_points, make_index, refusing
 from lightning_knnmt.index.faiss_index import FaissIndex, find_ivf, read_index, write_index
+from lightning_knnmt.index.gpu import Gpus, adder, assigning, find_gpus
 from lightning_knnmt.index.merging import clear_padding, merge
 from lightning_knnmt.index.parts import Parts, part_ranges, remove_parts
 from lightning_knnmt.index.report import IndexPart, IndexReport
@@ -108,12 +110,18 @@ class IndexBuild:
         """NAME.json."""
         return description_file(self.datastore.folder, self.name)
 
+    @cached_property
+    def gpus(self) -> Gpus | None:
+        """All GPUs that FAISS is to use; None: the CPU."""
+        return find_gpus(self.config.device)
+
     def check(self) -> None:
-        """Refuse to train more lists than there are points.
+        """Refuse to train more lists than there are points, or on GPUs that are not there.
 
         Raises:
-            ValueError: There are fewer points than lists.
+            ValueError: There are fewer points than lists, or no GPU where one is asked for.
         """
+        find_gpus(self.config.device)
         factory = self.training.factory
         index = make_index(factory, self.training.key_size)
         check_sample(index, factory, self.training.train_points, len(self.datastore))
@@ -186,16 +194,17 @@ class IndexBuild:
             sample = self.datastore.sample_keys(self.training.train_points, self.training.seed)
         with self.spans.span("train"):
             log.info("training %s on %d of %d keys", self.training.factory, len(sample), len(self.datastore))
-            _train(index, self.training, sample)
+            _train(index, self.training, sample, self.gpus)
         return save_trained(index, self.training, dict(self.spans.seconds), self.path)
 
     def add(self, index: faiss.Index, chunks: Iterable[NDArray[np.float16]], entries: int, what: str = "add") -> None:
         """Add keys, with a progress bar over so many entries."""
         progress = tqdm(total=entries, desc=what, unit=" keys", unit_scale=True, disable=self.ranks.rank > 0)
-        with self.spans.span("add"), progress:
+        gpus = None if self.gpus is None else self.gpus.share(self.ranks.rank, self.ranks.size)
+        with self.spans.span("add"), progress, adder(index, gpus) as add:
             for keys in chunks:
                 with refusing(self.training.factory, "add keys to in their order", "one without IDMap"):
-                    index.add(keys.astype(np.float32))
+                    add(keys.astype(np.float32))
                 progress.update(len(keys))
 
     def _add_parts(self, parts: Parts, trained: Path) -> None:
@@ -273,14 +282,15 @@ class IndexBuild:
         remove_parts(self.datastore.folder, self.name, kept=len(report.parts))
 
 
-def _train(index: faiss.Index, training: Training, sample: NDArray[np.float32]) -> None:
+def _train(index: faiss.Index, training: Training, sample: NDArray[np.float32], gpus: Gpus | None) -> None:
     expected = (
         "at least 256 keys for codes of 8 bits (PQ64) and 16 for codes of 4 bits (PQ64x4fs): choose Flat for a small "
         "datastore"
     )
-    with refusing(training.factory, f"train on {len(sample)} keys", expected):
+    with refusing(training.factory, f"train on {len(sample)} keys", expected), assigning(index, gpus):
         if training.split_lists:
-            give_centroids(index, sample, training.split_lists, training.seed)
+            flat = faiss.IndexFlatL2 if gpus is None else gpus.flat
+            give_centroids(index, sample, training.split_lists, training.seed, flat)
         index.train(sample)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 Layout = Literal["whole", "shards"]
+Device = Literal["auto", "cpu", "gpu"]
 HNSW_LISTS = 16384  # from which on a graph finds a query's lists faster than comparing it with all centroids
 RESERVED = ("manifest", "building", "build")  # whose .json the datastore has
 
@@ -30,6 +31,8 @@ class IndexConfig:
         part_entries: Least number of entries in a part, but for the last: shards of the datastore are put together
             until they have as many. A build that is stopped continues from its last whole part; those of a whole index
             are merged in the end.
+        device: Where lists and codes are trained and keys added: `auto` takes the GPUs that FAISS finds, `gpu` fails if
+            there are none; an index that is there is kept wherever it was built.
     """
 
     factory: str = "auto"
@@ -41,6 +44,7 @@ class IndexConfig:
     overwrite: bool = False
     layout: Layout = "whole"
     part_entries: int = 1 << 24
+    device: Device = "auto"
 
     def __post_init__(self) -> None:
         if self.train_points is not None and self.train_points < 1:
@@ -50,8 +54,9 @@ class IndexConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
         if not 0 <= self.split_lists < 1:
             raise ValueError(f"split_lists is {self.split_lists}, expected 0 or more and less than 1")
-        if self.layout not in get_args(Layout):
-            raise ValueError(f"layout is {self.layout!r}, expected one of {', '.join(get_args(Layout))}")
+        for name, choices in (("layout", get_args(Layout)), ("device", get_args(Device))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
         if not self.name or Path(self.name).name != self.name or "." in self.name:
             raise ValueError(f"name is {self.name!r}, expected a file name without folders and dots")
         if self.name in RESERVED:

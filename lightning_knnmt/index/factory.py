@@ -25,6 +25,10 @@ def refusing(factory: str, what: str, expected: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "gpu" in str(error):
+            raise ValueError(
+                f"FAISS cannot {what} on a GPU ({error}); expected one with enough free memory: choose device: cpu"
+            ) from error
         raise ValueError(f"factory is {factory!r}, which FAISS cannot {what} ({error}); expected {expected}") from error
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_knnmt.datastore.files import durable_file, file_sha256
+from lightning_knnmt.index.gpu import MOST_ON_GPU, Gpus
 from lightning_knnmt.index.layers import at_lists, find_ivf, inverted_lists, returns_hamming
 
 __all__ = ["FaissIndex", "find_ivf", "nearest", "read_index", "write_index"]
@@ -51,6 +52,8 @@ class FaissIndex:
         self._starts = first + np.cumsum([0, *(part.ntotal for part in parts)])  # [part -> first entry]
         self.first = first
         self._ivfs = [ivf for part in parts if (ivf := find_ivf(part)) is not None]
+        self._gpus: Gpus | None = None
+        self._searched = parts
 
     @classmethod
     def load(cls, path: Path, *others: Path, first: int = 0, mmap: bool = False) -> "FaissIndex":
@@ -89,12 +92,36 @@ class FaissIndex:
         """Number of inverted lists; None if the index has none."""
         return int(self._ivfs[0].nlist) if self._ivfs else None
 
+    @property
+    def device(self) -> str:
+        """Where it is searched."""
+        return "cpu" if self._gpus is None else f"gpu {', '.join(map(str, self._gpus.numbers))}"
+
+    def search_on(self, gpus: Gpus) -> None:
+        """Search copies of the parts from now on, each divided between GPUs; the rest is still read from the parts.
+
+        Raises:
+            ValueError: FAISS has no GPU version of the index.
+        """
+        self._searched, self._gpus = tuple(gpus.copy(part) for part in self.parts), gpus
+
     def set_nprobe(self, nprobe: int) -> None:
-        """Choose how many lists a query scans; an index without lists has nothing to choose."""
+        """Choose how many lists a query scans; an index without lists has nothing to choose.
+
+        Raises:
+            ValueError: It is less than 1, or more than a GPU can select.
+        """
         if nprobe < 1:
             raise ValueError(f"nprobe is {nprobe}, expected 1 or more")
+        if self.nlist is None:
+            return
+        nprobe = min(nprobe, self.nlist)
         for ivf in self._ivfs:
-            ivf.nprobe = min(nprobe, int(ivf.nlist))
+            ivf.nprobe = nprobe
+        if self._gpus is not None:
+            self._check_limit("nprobe", nprobe)
+            for copy in self._searched:
+                self._gpus.set_nprobe(copy, nprobe)
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[Distances, Ids]:
         """The k nearest entries of each query.
@@ -108,12 +135,14 @@ class FaissIndex:
             +inf and −1.
 
         Raises:
-            ValueError: The queries have another D.
+            ValueError: The queries have another D, or K is more than a GPU can select.
         """
         self.check(queries)
+        if self._gpus is not None:
+            self._check_limit("k", k)
         queries = np.ascontiguousarray(queries, np.float32)
         found = []
-        for part, start in zip(self.parts, self._starts[:-1], strict=True):
+        for part, start in zip(self._searched, self._starts[:-1], strict=True):
             distances, ids = part.search(queries, k)
             distances[ids < 0] = np.inf
             ids[ids >= 0] += start
@@ -174,6 +203,13 @@ class FaissIndex:
         """
         if queries.ndim != 2 or queries.shape[1] != self.key_size:
             raise ValueError(f"queries have shape {queries.shape}, expected (R, {self.key_size}) as the index's keys")
+
+    def _check_limit(self, name: str, value: int) -> None:
+        if value > MOST_ON_GPU:
+            raise ValueError(
+                f"{name} is {value}, expected {MOST_ON_GPU} or less on GPUs (for k, with candidates for rescore and "
+                "for removed entries); choose fewer, or search on the CPU"
+            )
 
 
 def nearest(found: "list[tuple[Distances, Ids]]", k: int) -> tuple[Distances, Ids]:

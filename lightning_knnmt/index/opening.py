@@ -3,27 +3,35 @@
 from lightning_knnmt.datastore import Datastore, DatastoreError
 from lightning_knnmt.datastore.index_files import description_file, generation_name, index_file, part_file
 from lightning_knnmt.datastore.manifest import Manifest
+from lightning_knnmt.index.config import Device
 from lightning_knnmt.index.faiss_index import FaissIndex
 from lightning_knnmt.index.filtered import FilteredIndex
+from lightning_knnmt.index.gpu import Gpus, find_gpus, has_gpu_version
 from lightning_knnmt.index.report import IndexReport
 
 
-def open_index(datastore: Datastore, name: str = "index", mmap: bool = False) -> FaissIndex:
+def open_index(datastore: Datastore, name: str = "index", mmap: bool = False, device: Device = "cpu") -> FaissIndex:
     """Open an index of a datastore, refusing one that was built from other keys.
 
     Args:
         datastore: What it was built from.
         name: Its name.
         mmap: Leave the entries on the disk, for a store larger than memory; lists of FastScan codes are read even so.
+        device: Where it is searched: `cpu`; `gpu`: in a copy divided between all GPUs; `auto`: there, if FAISS has any
+            and a GPU version of the index.
 
     Raises:
         DatastoreError: The index belongs to another datastore, or is not whole.
+        ValueError: FAISS has no GPU, or no GPU version of the index, where one is asked for.
     """
+    gpus = find_gpus(device)
     report = read_report(datastore, name)
-    return _load(datastore, name, report, range(len(report.parts)), mmap)
+    return _on(gpus, device, _load(datastore, name, report, range(len(report.parts)), mmap))
 
 
-def open_parts(datastore: Datastore, rank: int, size: int, name: str = "index", mmap: bool = False) -> FaissIndex:
+def open_parts(
+    datastore: Datastore, rank: int, size: int, name: str = "index", mmap: bool = False, device: Device = "cpu"
+) -> FaissIndex:
     """Open one process's share of an index that was built with `layout: shards`.
 
     Args:
@@ -32,16 +40,21 @@ def open_parts(datastore: Datastore, rank: int, size: int, name: str = "index", 
         size: How many processes share the index; with more of them than parts, some get no entries.
         name: Its name.
         mmap: Leave the entries on the disk.
+        device: As in `open_index`; each process has one GPU, which it shares if there are more processes.
 
     Raises:
         DatastoreError: The index belongs to another datastore, is not whole, or is in one file.
+        ValueError: FAISS has no GPU, or no GPU version of the index, where one is asked for.
     """
+    gpus = find_gpus(device)
+    gpus = None if gpus is None else gpus.share(rank, size)
     report = read_report(datastore, name)
     if not report.parts:
         path = index_file(datastore.folder, generation_name(name, datastore.manifest.generation))
         raise DatastoreError(f"{path} is one file, expected parts; build the index with layout: shards")
     total = len(report.parts)
-    return _load(datastore, name, report, range(rank * total // size, (rank + 1) * total // size), mmap)
+    numbers = range(rank * total // size, (rank + 1) * total // size)
+    return _on(gpus, device, _load(datastore, name, report, numbers, mmap))
 
 
 def read_report(datastore: Datastore, name: str) -> IndexReport:
@@ -63,6 +76,12 @@ def read_report(datastore: Datastore, name: str) -> IndexReport:
             f"{datastore.folder} holds {len(datastore)} keys of {datastore.fingerprint[:12]}; build the index again"
         )
     return report
+
+
+def _on(gpus: Gpus | None, device: Device, index: FaissIndex) -> FaissIndex:
+    if gpus is not None and (device == "gpu" or has_gpu_version(index.index)):
+        index.search_on(gpus)
+    return index
 
 
 def _load(datastore: Datastore, name: str, report: IndexReport, numbers: range, mmap: bool) -> FaissIndex:

@@ -1,6 +1,7 @@
 """Centroids whose lists are more even than those of k-means, without training a model: the longest lists are split."""
 
 import heapq
+from collections.abc import Callable
 
 import faiss
 import numpy as np
@@ -8,9 +9,16 @@ from numpy.typing import NDArray
 
 from lightning_knnmt.index.layers import at_lists, find_ivf
 
+Flat = Callable[[int], faiss.Index]
+
 
 def split_centroids(
-    sample: NDArray[np.float32], nlist: int, share: float = 0.1, iterations: int = 10, seed: int = 1
+    sample: NDArray[np.float32],
+    nlist: int,
+    share: float = 0.1,
+    iterations: int = 10,
+    seed: int = 1,
+    flat: Flat = faiss.IndexFlatL2,
 ) -> NDArray[np.float32]:
     """k-means with fewer centroids than lists, then the longest list is cut in two until there are enough.
 
@@ -22,6 +30,7 @@ def split_centroids(
         share: Share of the lists that splitting adds, in [0, 1).
         iterations: Of k-means.
         seed: Of k-means.
+        flat: Makes the empty exact index of vectors of size D that assigns all keys to centroids.
 
     Returns:
         Centroids, shape (nlist, D).
@@ -34,8 +43,8 @@ def split_centroids(
     if len(sample) < nlist:
         raise ValueError(f"nlist is {nlist}, but there are only {len(sample)} keys; expected at most one list per key")
     first = max(1, nlist - round(share * nlist))
-    centroids = list(_k_means(sample, first, iterations, seed))
-    nearest = _nearest(np.stack(centroids), sample)
+    centroids = list(_k_means(sample, first, iterations, seed, flat))
+    nearest = _nearest(np.stack(centroids), sample, flat)
     members = [np.flatnonzero(nearest == number) for number in range(first)]  # [list -> keys]
     longest = [(-len(keys), number) for number, keys in enumerate(members)]
     heapq.heapify(longest)
@@ -54,8 +63,17 @@ def split_centroids(
     return np.stack(centroids)
 
 
-def give_centroids(index: faiss.Index, sample: NDArray[np.float32], share: float, seed: int) -> None:
+def give_centroids(
+    index: faiss.Index, sample: NDArray[np.float32], share: float, seed: int, flat: Flat = faiss.IndexFlatL2
+) -> None:
     """Set an untrained index's centroids to those of `split_centroids`; training it then trains its codes only.
+
+    Args:
+        index: Not trained.
+        sample: Keys, shape (N, D).
+        share: Share of the lists that splitting adds.
+        seed: Of k-means.
+        flat: As in `split_centroids`.
 
     Raises:
         ValueError: The index has no inverted lists.
@@ -64,7 +82,7 @@ def give_centroids(index: faiss.Index, sample: NDArray[np.float32], share: float
     if ivf is None:
         raise ValueError(f"split_lists is {share}, but the index has no inverted lists; expected a factory with IVF")
     _train_transforms(index, sample)
-    ivf.quantizer.add(split_centroids(at_lists(index, sample), int(ivf.nlist), share, seed=seed))
+    ivf.quantizer.add(split_centroids(at_lists(index, sample), int(ivf.nlist), share, seed=seed, flat=flat))
 
 
 def _train_transforms(index: faiss.Index, sample: NDArray[np.float32]) -> None:
@@ -89,16 +107,21 @@ def _halve(keys: NDArray[np.float32], seed: int) -> tuple[NDArray[np.float32], N
     return (two, in_first) if in_first.any() and not in_first.all() else None
 
 
-def _k_means(keys: NDArray[np.float32], number: int, iterations: int, seed: int) -> NDArray[np.float32]:
+def _k_means(
+    keys: NDArray[np.float32], number: int, iterations: int, seed: int, flat: Flat = faiss.IndexFlatL2
+) -> NDArray[np.float32]:
     clustering = faiss.Kmeans(
         keys.shape[1], number, niter=iterations, seed=seed, min_points_per_centroid=1, max_points_per_centroid=256
     )
+    clustering.index = flat(keys.shape[1])
     clustering.train(np.ascontiguousarray(keys, np.float32))
     return np.asarray(clustering.centroids)
 
 
-def _nearest(centroids: NDArray[np.float32], keys: NDArray[np.float32]) -> NDArray[np.int64]:
+def _nearest(
+    centroids: NDArray[np.float32], keys: NDArray[np.float32], flat: Flat = faiss.IndexFlatL2
+) -> NDArray[np.int64]:
     """The nearest centroid of each key, shape (N,)."""
-    index = faiss.IndexFlatL2(centroids.shape[1])
+    index = flat(centroids.shape[1])
     index.add(np.ascontiguousarray(centroids, np.float32))
     return index.search(np.ascontiguousarray(keys, np.float32), 1)[1][:, 0]
