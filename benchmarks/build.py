@@ -85,9 +85,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             result |= measure_processes(options, config, result["entries"])
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "quick", "corpus")}
     settings["corpus"] = "random tokens" if options.corpus is None else str(options.corpus.path)
-    environment = common.environment()
-    device = torch.cuda.get_device_name(backbone.device) if backbone.device.type == "cuda" else backbone.device.type
-    return {**result, "settings": settings, "device": device, **environment}
+    return {**result, "settings": settings, **common.environment(backbone.device)}
 
 
 def measure_stages(backbone: Backbone, config: DatastoreConfig, repeats: int) -> dict[str, Any]:

@@ -1,11 +1,8 @@
 """What the benchmarks share; importing it lets them run from any folder without installing the package."""
 
-import json
-import platform
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,10 @@ import faiss
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from lightning_knnmt.evaluation.report import environment, write_json
+
+__all__ = ["environment", "interleaved", "set_threads", "stage_table", "write_json"]
 
 
 def interleaved(
@@ -30,26 +31,10 @@ def interleaved(
     return times
 
 
-def processor() -> str:
-    """The processor's name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def set_threads(threads: int) -> None:
     """Limit the threads of all libraries."""
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
-
-
-def environment() -> dict[str, Any]:
-    """Threads, versions and machine, to stand beside every figure."""
-    return {
-        "threads": {"torch": torch.get_num_threads(), "faiss": faiss.omp_get_max_threads()},
-        "versions": {name: version(name) for name in ("torch", "numpy")} | {"faiss": faiss.__version__},
-        "machine": {"platform": platform.platform(), "processor": processor(), "python": platform.python_version()},
-    }
 
 
 def stage_table(result: dict[str, Any], stage: str, base: str, share: str, digits: int) -> str:
@@ -67,9 +52,3 @@ def stage_table(result: dict[str, Any], stage: str, base: str, share: str, digit
         ratio = median / result["median_ms"][base]
         rows.append(f"| {name} | {median:.1f} | {result['minimum_ms'][name]:.1f} | {ratio:.{digits}f} |")
     return "\n".join(rows)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write figures to a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

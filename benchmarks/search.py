@@ -17,13 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import common
 import numpy as np
 import search_report
 import stores
 import torch
+from memory import STATUS, OwnProcesses, codes_mb, measured_build, measured_search
 from numpy.typing import NDArray
 from search_settings import (
     Setting,
@@ -40,13 +41,14 @@ from lightning_knnmt.combiners import FixedCombiner
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.datastore.index_files import index_file, part_file
+from lightning_knnmt.datastore.index_files import description_file, generation_name, index_file, part_file
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.comparison import run_systems
 from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, system_json, write_json
 from lightning_knnmt.evaluation.tuning import Grid, ReferenceStates, likelihoods, reference_states
 from lightning_knnmt.functional.knn import knn_log_weights
 from lightning_knnmt.index import IndexConfig, build_index, open_index
+from lightning_knnmt.index.config import Layout
 from lightning_knnmt.retrieval import Neighbors
 from lightning_knnmt.search import KnnSearch, KnnSettings
 
@@ -76,33 +78,36 @@ class Subject:
     exact: Neighbors
 
 
-def build(store: Datastore, factory: str, options: argparse.Namespace) -> dict[str, Any]:
+def build(store: Datastore, factory: str, options: argparse.Namespace, processes: OwnProcesses) -> dict[str, Any]:
     """Build an index or find it built; its figures."""
-    config = IndexConfig(factory, name=index_name(factory))
+    config = IndexConfig(factory, name=index_name(factory), layout=options.layout, part_entries=options.part_entries)
+    name = generation_name(config.name, store.manifest.generation)
+    memory = {}
     if options.memory:
-        report, memory = stores.alone(stores.measured_build, store.folder, config, options.threads)
-        record = read_build(store.folder)
-        if (
-            record["indexes"].get(config.name, {}).get("seconds") != report.seconds
-        ):  # else it was kept: no build's memory
-            record["indexes"][config.name] = {"seconds": report.seconds, "peak_memory_mb": round(memory["peak"])}
+        there, record = description_file(store.folder, name).exists(), read_build(store.folder)
+        report, used = processes.run(measured_build, store.folder, config, options.threads)
+        if not there:
+            record["indexes"][config.name] = {"seconds": report.seconds, "peak_memory_mb": round(used.peak)}
             write_json(store.folder / BUILD_FILE, record)
+        known = record["indexes"].get(config.name, {})
+        if known.get("seconds") == report.seconds:  # else it was built otherwise
+            memory["build"] = {"peak": known["peak_memory_mb"]}
     else:
         report = build_index(store, config)
-    files = [index_file(store.folder, config.name)]
-    files += [part_file(store.folder, config.name, number) for number in range(len(report.parts))]
-    known = read_build(store.folder)["indexes"].get(config.name, {})
+    files = [index_file(store.folder, name)]
+    files += [part_file(store.folder, name, number) for number in range(len(report.parts))]
     return {
         "name": config.name,
         "report": asdict(report),
         "bytes_per_entry": sum(file.stat().st_size for file in files) / len(store),
-        "build_peak_mb": known.get("peak_memory_mb") if known.get("seconds") == report.seconds else None,
+        "memory": memory,
     }
 
 
 def exact(store: Datastore, queries: NDArray[np.float32], k: int, cache: Path | None) -> Neighbors:
     """Neighbors by brute force, kept beside the results if that took more than seconds."""
-    key = hashlib.sha256(f"{store.fingerprint} {k}".encode() + queries.tobytes()).hexdigest()[:12]
+    removed = "" if store.manifest.removed is None else store.manifest.removed.sha256
+    key = hashlib.sha256(f"{store.fingerprint} {k}{removed}".encode() + queries.tobytes()).hexdigest()[:12]
     path = None if cache is None else cache.with_name(f"{cache.stem}.exact-{key}.npz")
     if path is not None and path.exists():
         with np.load(path, allow_pickle=False) as content:
@@ -212,21 +217,24 @@ def decode(
     return [system_json(result) for result in run_systems(translators, pairs_of(options.test), options.bleu).values()]
 
 
-def measure(store: Datastore, model: Path | None, options: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    store: Datastore, model: Path | None, options: argparse.Namespace, processes: OwnProcesses
+) -> dict[str, Any]:
     """Everything about one datastore."""
     subject = ask(store, model, options)
     indexes, settings = {}, []
     for asked in options.factories:
         factory = resolve(asked, len(store), store.key_size)
         say(f"{store.folder}: {factory}")
-        indexes[asked] = build(store, factory, options)
-        settings.append(settings_of(asked, open_index(store, indexes[asked]["name"]), options))
+        built = indexes[asked] = build(store, factory, options, processes)
+        index = open_index(store, built["name"])
+        settings.append(settings_of(asked, index, options))
+        built["codes_mb"] = codes_mb(index)
         if options.memory:
-            arguments = (store.folder, indexes[asked]["name"], subject.queries, options.k, max(options.nprobe))
-            indexes[asked]["search_memory_mb"] = {
-                way: stores.alone(stores.measured_search, *arguments, way == "mapped", options.threads)
-                for way in ("read", "mapped")
-            }
+            arguments = (store.folder, built["name"], subject.queries, options.k, max(options.nprobe))
+            for way, rescore in (("search", 0), ("mapped", TIES * options.k)):
+                used = processes.run(measured_search, *arguments, rescore, way == "mapped", options.threads)
+                built["memory"][way] = asdict(used)
     knn = choose(subject, settings[0][-1], indexes[options.factories[0]]["name"], options)
     every = [setting for of_index in settings for setting in of_index]
     say(f"{store.folder}: {len(every)} settings, T {knn.temperature:.3g}")
@@ -257,14 +265,16 @@ def measure(store: Datastore, model: Path | None, options: argparse.Namespace) -
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """All datastores in turn."""
     models, measured = dict(options.models), {}
-    for label, folder in options.stores:
-        with Datastore(folder) as store:
-            measured[label] = measure(store, models.get(label, Path(store.manifest.provenance.model)), options)
-    for entries in options.synthetic:
-        clumps = stores.Clumps(options.key_size, seed=options.seed)
-        folder = options.folder / f"clumps-{entries}x{options.key_size}-{options.seed}"
-        with stores.synthetic_store(folder, clumps, entries) as store:
-            measured[f"{entries:,} clumped keys"] = measure(store, None, options)
+    with OwnProcesses() as processes:
+        for label, folder in options.stores:
+            with Datastore(folder) as store:
+                model = models.get(label, Path(store.manifest.provenance.model))
+                measured[label] = measure(store, model, options, processes)
+        for entries in options.synthetic:
+            clumps = stores.Clumps(options.key_size, seed=options.seed)
+            folder = options.folder / f"clumps-{entries}x{options.key_size}-{options.seed}"
+            with stores.synthetic_store(folder, clumps, entries) as store:
+                measured[f"{entries:,} clumped keys"] = measure(store, None, options, processes)
     result = {"options": vars(options), "stores": measured, **common.environment()}
     return result | {"exponents": search_report.exponents(result)}
 
@@ -317,7 +327,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="translate the test split with every setting, after a warm-up")  # fmt: skip
     parser.add_argument("--beams", type=int, default=4)
     parser.add_argument("--sentences", type=int, default=64, help="translated at a time")
-    parser.add_argument("--memory", action="store_true", help="build and search in processes of their own, too")
+    parser.add_argument("--layout", choices=get_args(Layout), default="whole", help="of indexes")
+    parser.add_argument("--part-entries", type=int, default=1 << 24, help="of their parts, at least")
+    parser.add_argument("--memory", action="store_true",
+                        help="build in processes of their own, and search in such too; Linux only")  # fmt: skip
     parser.add_argument(
         "--error", type=float, default=0.1, help="total variation at which growth with N is fitted, too"
     )
@@ -335,6 +348,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--batch is {max(options.batch)}, expected at most --queries, which is {options.queries}")
     if options.lambda_ is not None and not 0 < options.lambda_ < 1:
         parser.error(f"--lambda is {options.lambda_}, expected between 0 and 1, both excluded")
+    if options.memory and not STATUS.exists():
+        parser.error(f"--memory needs {STATUS}, which only Linux has; leave it out")
     if options.stores and options.test is None:
         parser.error("--stores is given without --test, whose states are the queries")
     return options

@@ -27,8 +27,9 @@ def tables(result: Mapping[str, Any]) -> str:
             f"## {label}: {store['entries']:,} entries, D = {store['key_size']}",
             f"{store['queries']} queries, k {knn['k']}, T {knn['temperature']:.3g}{mixing}; median of "
             f"{options['repeats']} interleaved repeats, {options['threads']} thread(s), "
-            f"{result['machine']['processor']}; ×: times as fast as the baseline (**bold**).",
+            f"{result['processor']}; ×: times as fast as the baseline (**bold**).",
             build_table(store),
+            *([memory_table(store)] if any(index["memory"] for index in store["indexes"].values()) else []),
             search_table(store, options["batch"]),
             equal_table(store, options["batch"]),
         ]
@@ -40,22 +41,32 @@ def tables(result: Mapping[str, Any]) -> str:
 def build_table(store: Mapping[str, Any]) -> str:
     """Building, size and balance."""
     stages = list(dict.fromkeys(stage for index in store["indexes"].values() for stage in index["report"]["seconds"]))
-    memory = any("search_memory_mb" in index for index in store["indexes"].values())
-    head = ["index", *(f"{stage}, s" for stage in stages), "build, s", "bytes per entry", "imbalance", "homogeneity"]
-    rows = [head + (["peak MB building", "searching", "searching, mapped"] if memory else [])]
+    rows = [["index", *(f"{stage}, s" for stage in stages), "build, s", "bytes per entry", "imbalance", "homogeneity"]]
     for index in store["indexes"].values():
         report = index["report"]
         row = [report["factory"], *(f"{report['seconds'].get(stage, 0):.1f}" for stage in stages)]
         row += [f"{sum(report['seconds'].values()):.1f}", f"{index['bytes_per_entry']:.0f}"]
         row += [_number(report[name], ".3g") for name in ("imbalance_factor", "homogeneity")]
-        if memory:
-            searching = index["search_memory_mb"]
-            row += [
-                _number(index["build_peak_mb"], ".0f"),
-                *(f"{searching[way]['peak']:.0f}" for way in ("read", "mapped")),
-            ]
         rows.append(row)
     return table(rows)
+
+
+def memory_table(store: Mapping[str, Any]) -> str:
+    """Resident memory of building and searching, and what of it is beyond the index's codes."""
+    beyond = "beyond the codes"
+    rows = [["MB", "codes", "building, peak", beyond, "searching, peak", beyond, "mapped, peak", beyond, "anonymous"]]
+    for index in store["indexes"].values():
+        row, codes = [index["report"]["factory"], f"{index['codes_mb']:,.0f}"], index["codes_mb"]
+        for work in ("build", "search", "mapped"):
+            peak = index["memory"].get(work, {}).get("peak")
+            row += [_number(peak, ",.0f"), _number(None if peak is None else peak - codes, ",.0f")]
+        rows.append([*row, f"{index['memory']['mapped']['anonymous']:,.0f}"])
+    idle = max(index["memory"]["mapped"]["idle"] for index in store["indexes"].values())
+    return (
+        f"{table(rows)}\n\nPeak: most that was resident, with pages of mapped files, which the system takes back when "
+        "it needs them. Mapped: the index is left on the disk, its candidates are rescored by mapped keys; anonymous: "
+        f"of that, what is in no file. Each process has {idle:,.0f} MB before the work."
+    )
 
 
 def search_table(store: Mapping[str, Any], batches: Sequence[int]) -> str:

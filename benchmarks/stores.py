@@ -1,13 +1,9 @@
-"""Datastores that benchmarks make for themselves, exact search in any, and work whose memory is measured alone."""
+"""Datastores that benchmarks make for themselves, and exact search in any."""
 
 import hashlib
-import multiprocessing
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
 
-import common
+import common  # noqa: F401, finds the package
 import faiss
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +13,8 @@ from lightning_knnmt.datastore import Datastore, Manifest, Provenance, ShardInfo
 from lightning_knnmt.datastore.files import file_sha256
 from lightning_knnmt.datastore.manifest import FILE_NAME, shard_name
 from lightning_knnmt.datastore.shard import ShardWriter
-from lightning_knnmt.index import IndexConfig, IndexReport, build_index, open_index
 
 CHUNK = 1 << 15
-T = TypeVar("T")
 
 
 def make_store(folder: Path, entries: int, key_size: int, vocabulary: int, rng: np.random.Generator) -> Datastore:
@@ -117,53 +111,21 @@ def exact_neighbors(
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Squared L2 distances and entries of the k nearest keys by brute force, shapes (R, min(k, N)), nearest first.
 
-    Products of matrices only find twice as many candidates in each chunk; their distances are summed directly.
+    Entries that were removed are none. Products of matrices only find twice as many candidates in each chunk; their
+    distances are summed directly.
     """
     distances, ids = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     start = 0
     for stored in store.key_chunks(chunk):
-        keys = stored.astype(np.float32)
+        entries = np.arange(start, start + len(stored))
+        start += len(stored)
+        kept = ~store.removed.covers(entries)
+        keys, entries = stored[kept].astype(np.float32), entries[kept]
+        if not len(keys):
+            continue
         candidates = faiss.knn(queries, keys, min(2 * k, len(keys)))[1]
         exact = np.stack([((keys[row] - query) ** 2).sum(1) for query, row in zip(queries, candidates, strict=True)])
-        distances, ids = np.concatenate([distances, exact], 1), np.concatenate([ids, candidates + start], 1)
+        distances, ids = np.concatenate([distances, exact], 1), np.concatenate([ids, entries[candidates]], 1)
         order = np.argsort(distances, axis=1, kind="stable")[:, :k]
         distances, ids = np.take_along_axis(distances, order, 1), np.take_along_axis(ids, order, 1)
-        start += len(keys)
     return distances, ids
-
-
-def alone(work: Callable[..., T], *arguments: Any) -> T:
-    """Do work in a fresh process, whose peak of memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(work, *arguments).result()
-
-
-def memory_mb() -> dict[str, float]:
-    """This process's resident memory: peak of all, and what is neither file nor library now; Linux only.
-
-    `getrusage` would count the parent's peak too, which a new process starts with.
-    """
-    lines = (line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    status = {name: value.split() for name, value in lines}
-    return {name: int(status[field][0]) / 1024 for name, field in (("peak", "VmHWM"), ("anonymous", "RssAnon"))}
-
-
-def measured_build(folder: Path, config: IndexConfig, threads: int) -> tuple[IndexReport, dict[str, float]]:
-    """Build an index; what `alone` is to run. Also the memory before and after."""
-    common.set_threads(threads)
-    with Datastore(folder) as store:
-        idle = memory_mb()["peak"]
-        return build_index(store, config), {"idle": idle} | memory_mb()
-
-
-def measured_search(
-    folder: Path, name: str, queries: NDArray[np.float32], k: int, nprobe: int, mmap: bool, threads: int
-) -> dict[str, float]:
-    """Memory of opening an index and searching in it; what `alone` is to run."""
-    common.set_threads(threads)
-    with Datastore(folder) as store:
-        idle = memory_mb()["peak"]
-        index = open_index(store, name, mmap)
-        index.set_nprobe(nprobe)
-        index.search(queries, k)
-        return {"idle": idle} | memory_mb()

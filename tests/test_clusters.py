@@ -43,3 +43,11 @@ def test_homogeneity_is_that_of_scikit_learn(purity: float) -> None:
 def test_homogeneity_of_one_token_or_of_nothing_is_1() -> None:
     assert homogeneity(torch.tensor([0, 3, 1]), torch.tensor([7, 7, 7])) == 1
     assert homogeneity(torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)) == 1
+
+
+def test_homogeneity_of_more_entries_than_are_counted_at_once_is_that_of_scikit_learn() -> None:
+    rng = np.random.default_rng(3)
+    tokens = rng.zipf(1.3, (1 << 20) + 5).clip(max=500)
+    lists = (tokens + rng.integers(0, 4, len(tokens))) % 37
+    ours = homogeneity(torch.from_numpy(lists.astype(np.int32)), torch.from_numpy(tokens.astype(np.int32)))
+    assert ours == pytest.approx(homogeneity_score(tokens, lists), abs=1e-9)

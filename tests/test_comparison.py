@@ -178,8 +178,9 @@ def test_json_is_strict_and_keeps_what_it_can(tmp_path: Path):
 
 
 def test_the_environment_names_threads_and_versions():
-    found = environment(torch.device("cpu"))
-    assert found["device"] == "cpu"
+    found = environment()
+    assert found == environment(torch.device("cpu"))
+    assert found["device"] == "cpu" and found["processor"]
     assert found["threads"]["torch"] == torch.get_num_threads()
     assert found["libraries"]["sacrebleu"] == sacrebleu.__version__
 

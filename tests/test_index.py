@@ -346,5 +346,5 @@ def test_step_benchmark_gives_its_ratio_beside_all_settings(tmp_path: Path) -> N
     assert f"ratio {result['ratio']} " in out.stdout
     assert result["largest_difference_of_log_probabilities"] < 1e-4
     assert result["settings"].items() >= {name.replace("-", "_"): value for name, value in sizes.items()}.items()
-    assert result["threads"] == {"torch": 1, "faiss": 1}
-    assert set(result["versions"]) == {"torch", "numpy", "faiss"}
+    assert result["threads"]["torch"] == 1 and result["processor"]
+    assert {"python", "torch", "numpy"} <= set(result["libraries"])

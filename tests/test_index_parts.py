@@ -60,6 +60,22 @@ def test_parts_merged_into_one_are_byte_by_byte_the_index_built_in_one(store: Da
     assert search(open_index(store, "merged")) == search(open_index(store, "one"))
 
 
+@pytest.mark.parametrize("factory", ["IVF1,PQ4x4fs", "IVF1,RaBitQfs", "IVF1,PQ8x4fs,Refine(SQfp16)"])
+def test_parts_are_merged_within_memory_where_a_list_has_as_many_entries_as_a_block_has_bytes(
+    tmp_path: Path, factory: str
+) -> None:
+    sizes = [
+        256,
+        100,
+        156,
+        388,
+    ]  # blocks have 64 or 128 bytes
+    with write_store(tmp_path / "store", KEYS, VALUES, sizes) as store:
+        build_index(store, IndexConfig(factory, name="one"))
+        build_index(store, IndexConfig(factory, name="merged", part_entries=256))
+        assert (store.folder / "merged.faiss").read_bytes() == (store.folder / "one.faiss").read_bytes()
+
+
 @pytest.mark.parametrize("factory", IN_PARTS)
 def test_an_index_kept_in_parts_finds_what_the_whole_one_finds(store: Datastore, factory: str) -> None:
     one = build_index(store, IndexConfig(factory, name="one"))

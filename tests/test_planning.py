@@ -17,7 +17,7 @@ from lightning_knnmt.index.config import Layout
 from lightning_knnmt.planning import Plan, make_plan, to_text
 from lightning_knnmt.planning.encoding import EncodingRates, sample_pairs
 from lightning_knnmt.planning.indexing import IndexRates, kmeans_work, measure_index, training_rates
-from lightning_knnmt.planning.prediction import Size, growth, predict
+from lightning_knnmt.planning.prediction import Size, predict
 
 ENCODING = EncodingRates(
     pairs=50_000, entries=20, entries_error=0, read=1e-6, tokenize=1e-5, encode=1e-3, text_bytes=15, held_bytes=100,
@@ -105,20 +105,7 @@ def test_memory_is_the_most_of_what_no_two_stages_hold_at_once() -> None:
     assert memory.encode == 100e6 + 100 * 600_000  # two shards of four
     assert memory.train == 4 * 128 * 65536
     assert memory.peak == 400e6 + memory.index
-    arrays = 256 * 16 * 65536  # 8 full chunks, copied to twice as much
-    assert memory.index == pytest.approx(600_000 + 1.5 * 44e6 + arrays + 6 * 128 * 65536)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 100])
-def test_an_array_holds_at_most_what_doubling_it_step_by_step_does(chunk: int) -> None:
-    for entries in range(1, 50 * chunk, 3):
-        capacity = size = most = min(chunk, entries)
-        while size < entries:
-            added = min(chunk, entries - size)
-            if size + added > capacity:
-                capacity, most = 2 * size, max(most, 2 * size)
-            size += added
-        assert growth(entries, chunk) == max(most, entries)
+    assert memory.index == pytest.approx(600_000 + 1.5 * 44e6 + 256e6 + 6 * 128 * 65536)
 
 
 def test_kmeans_uses_no_more_than_256_points_a_list() -> None:

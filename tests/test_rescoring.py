@@ -97,3 +97,14 @@ def test_fewer_candidates_than_neighbors_are_refused(store: Datastore) -> None:
     with pytest.raises(ValueError, match=message):
         DatastoreRetriever(store, open_index(store, "codes"), 8, rescore=7)
     assert KnnSettings(k=8, rescore=8).rescore == 8
+
+
+def test_keys_are_the_same_when_their_pages_were_let_go(store: Datastore, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, let_go = MappedKeys(store), []
+    unmap = keys._unmap
+    monkeypatch.setattr(keys, "_unmap", lambda: (let_go.append(True), unmap()))
+    rows = np.arange(0, ENTRIES, 7)
+    assert keys.rows(rows).tolist() == KEYS[rows].tolist() and not let_go
+    monkeypatch.setattr("lightning_knnmt.datastore.mapped_keys.MOST_MAPPED", 0)
+    for times in (1, 2):
+        assert keys.rows(rows).tolist() == KEYS[rows].tolist() and len(let_go) == times

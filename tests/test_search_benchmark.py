@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,15 @@ from numpy.typing import NDArray
 from tiny_stores import build_store, clumpy_keys, corpus_pairs, write_corpus, write_store
 
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.index import IndexConfig, open_index
+from lightning_knnmt.datastore import Datastore, DatastoreConfig
+from lightning_knnmt.datastore.removal import remove_documents
+from lightning_knnmt.datastore.removed import Removed
+from lightning_knnmt.index import IndexConfig, build_index, open_index
+from lightning_knnmt.index.updating import append_pairs
 from lightning_knnmt.retrieval import Neighbors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import memory
 import search
 import search_report
 import search_settings
@@ -51,6 +57,18 @@ def test_exact_neighbors_are_those_of_a_full_sort_over_shards_and_chunks(tmp_pat
     assert distances[-5:, 0].tolist() == [0] * 5
 
 
+def test_exact_neighbors_are_none_that_were_removed(tmp_path: Path) -> None:
+    keys, values = clumpy_keys(500, 8)
+    queries = keys[::25].astype(np.float32)  # some of which are gone
+    with write_store(tmp_path / "store", keys, values, [170, 330]) as store:
+        store.removed = Removed(np.array([20, 160]), np.array([60, 300]))  # with the whole of a chunk
+        distances, ids = stores.exact_neighbors(store, queries, 12, chunk=64)
+    expected = ((queries[:, None].astype(np.float64) - keys[None].astype(np.float64)) ** 2).sum(2)
+    expected[:, 20:60] = expected[:, 160:300] = np.inf
+    np.testing.assert_allclose(distances, np.sort(expected, axis=1)[:, :12], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(np.take_along_axis(expected, ids, 1), distances, rtol=1e-5, atol=1e-6)
+
+
 def test_exact_neighbors_are_read_where_an_earlier_run_left_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +77,7 @@ def test_exact_neighbors_are_read_where_an_earlier_run_left_them(
         clock = iter(range(0, 1000, 100))  # every look at it is 100 seconds later
         patch.setattr(search.time, "perf_counter", lambda: next(clock))
         first = search.exact(store, keys[:3].astype(np.float32), 2, tmp_path / "out.json")
+        assert len(list(tmp_path.glob("out.exact-*.npz"))) == 1
         patch.setattr(stores, "exact_neighbors", None)
         again = search.exact(store, keys[:3].astype(np.float32), 2, tmp_path / "out.json")
     assert torch.equal(first.ids, again.ids) and torch.equal(first.values, again.values)
@@ -93,13 +112,10 @@ def test_clumps_make_uneven_lists_of_skewed_tokens_in_several_shards(tmp_path: P
     with stores.synthetic_store(tmp_path / "store", clumps, 6000) as store:
         assert [shard.entries for shard in store.manifest.shards] == [1500] * 4
         tokens = np.bincount(store.values, minlength=500)
-        report, memory = stores.measured_build(
-            store.folder, IndexConfig("IVF64,Flat", name="lists"), torch.get_num_threads()
-        )
+        report = build_index(store, IndexConfig("IVF64,Flat", name="lists"))
         keys, fingerprint = store.sample_keys(6000), store.fingerprint
     assert tokens[0] > 8 * tokens[9] > 0  # 1/1 against 1/10
     assert report.imbalance_factor is not None and report.imbalance_factor > 1.5
-    assert 0 < memory["idle"] <= memory["peak"]
     assert not (clumps.queries(50)[:, None] == keys[None]).all(2).any()
     with stores.synthetic_store(tmp_path / "store", stores.Clumps(16, vocabulary=500), 6000) as again:
         assert again.fingerprint == fingerprint
@@ -107,11 +123,51 @@ def test_clumps_make_uneven_lists_of_skewed_tokens_in_several_shards(tmp_path: P
         stores.synthetic_store(tmp_path / "store", stores.Clumps(16, vocabulary=500, seed=2), 6000)
 
 
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="only Linux tells a process's resident memory")
 def test_memory_is_that_of_a_process_of_its_own() -> None:
-    ballast = np.ones(2**25)  # 256 MB, which the other process never sees
-    here, there = stores.memory_mb(), stores.alone(stores.memory_mb)
-    assert here["anonymous"] > ballast.nbytes / 2**20
-    assert 0 < there["anonymous"] < here["anonymous"] - 200
+    ballast = np.ones(2**25)  # 256 MB, which no other process sees
+    with memory.OwnProcesses() as processes:
+        before, numbers, after = (processes.run(work) for work in (memory.resident, _count, memory.resident))
+    assert memory.resident()["anonymous"] > ballast.nbytes / 2**20
+    assert numbers["peak"] > before["peak"] + 100
+    for found in (before, after):
+        assert 0 < found["anonymous"] <= found["peak"] < numbers["peak"] - 50
+        assert found["anonymous"] < memory.resident()["anonymous"] - 150
+
+
+def _count() -> dict[str, float]:
+    np.ones(2**24)  # 128 MB
+    return memory.resident()
+
+
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="only Linux tells a process's resident memory")
+def test_memory_is_told_beside_the_size_of_the_codes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_here(_: memory.OwnProcesses, work: Callable[..., Any], *arguments: Any) -> Any:
+        return work(*arguments)  # other processes take seconds to start
+
+    monkeypatch.setattr(memory.OwnProcesses, "run", run_here)
+    arguments = [
+        "--quick", "--synthetic", "4000", "--key-size", "16", "--folder", str(tmp_path / "made"), "--memory",
+        "--factories", "IVF8,SQ8", "HNSW4", "--part-entries", "2000", "--json", str(tmp_path / "out.json"), *SMALL,
+    ]  # fmt: skip
+    search.main(arguments)
+    first = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["stores"]["4,000 clumped keys"]["indexes"]
+    assert [index["codes_mb"] for index in first.values()] == [4000 * 17 / 2**20, 4000 * 64 / 2**20]  # 1 byte: the list
+    for index in first.values():
+        assert set(index["memory"]) == {"build", "search", "mapped"}
+        for way in ("search", "mapped"):
+            found = index["memory"][way]
+            assert 0 < found["idle"] <= found["peak"] and 0 < found["anonymous"] <= found["peak"]
+    codes, peak = first["IVF8,SQ8"]["codes_mb"], first["IVF8,SQ8"]["memory"]["search"]["peak"]
+    printed = capsys.readouterr().out
+    assert f"{peak:,.0f}" in printed and f"{peak - codes:,.0f}" in printed
+    search.main(arguments)  # finds the indexes, and what building them took
+    again = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["stores"]["4,000 clumped keys"]["indexes"]
+    assert [index["memory"]["build"] for index in again.values()] == [
+        index["memory"]["build"] for index in first.values()
+    ]
 
 
 def test_growth_is_the_exponent_that_was_planted() -> None:
@@ -173,6 +229,30 @@ def test_real_datastores_are_measured_and_decoded_with_every_setting(
     files = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("*.faiss")}
     search.main(arguments[:4] + arguments[7:])  # neither validation split nor decoding
     assert len(files) == 3 and {path: path.stat().st_mtime_ns for path in files} == files
+
+
+def test_a_store_that_has_changed_is_searched_as_it_is_now(backbone: Backbone, tmp_path: Path) -> None:
+    pairs = corpus_pairs(120)
+    build_store(backbone, tmp_path / "store", pairs[:60]).close()
+    test = write_corpus(tmp_path / "test.jsonl", pairs[100:]).path
+    arguments = [
+        "--stores", f"tiny={tmp_path / 'store'}", "--test", str(test),
+        "--factories", "IVF4,Flat", "Flat", "--nprobe", "4", "--queries", "30", "--json", str(tmp_path / "out.json"),
+        *SMALL,
+    ]  # fmt: skip
+    search.main(arguments)
+    append_pairs(backbone, DatastoreConfig(tmp_path / "store", write_corpus(tmp_path / "new.jsonl", pairs[60:100])))
+    remove_documents(tmp_path / "store", ["page-1"])
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("*.faiss")}
+    search.main(arguments)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "store").glob("*.faiss")} == files
+    result = json.loads((tmp_path / "out.json").read_text(encoding="utf-8"))["stores"]["tiny"]
+    with Datastore(tmp_path / "store") as store:
+        assert result["entries"] == len(store) and 0 < len(store.removed) < len(store)
+    for row in result["rows"]:
+        assert row["recall"] == 1 and row["total_variation"] == pytest.approx(0, abs=1e-4)
+    size = (tmp_path / "store" / "Flat.1.faiss").stat().st_size
+    assert result["indexes"]["Flat"]["bytes_per_entry"] == size / result["entries"]
 
 
 def test_quick_run_needs_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

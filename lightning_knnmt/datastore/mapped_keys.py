@@ -1,6 +1,8 @@
 """The keys of a datastore, read at any place."""
 
+import mmap
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,9 +10,14 @@ from numpy.typing import NDArray
 from lightning_knnmt.datastore.shard import KEY_DTYPE
 from lightning_knnmt.datastore.store import Datastore
 
+WINDOW = 1 << 16  # bytes that Linux maps around one that is read
+MOST_MAPPED = 512 << 20  # bytes
+
 
 class MappedKeys:
     """Stored keys by entry number, straight from the shards' files, which the operating system keeps in memory or not.
+
+    No more than `MOST_MAPPED` bytes of them count as this process's memory at a time.
 
     Args:
         datastore: Whose keys to read. It need not stay open.
@@ -21,6 +28,7 @@ class MappedKeys:
         self._paths = [datastore.folder / shard.file for shard in datastore.manifest.shards]
         self._shards = datastore.mapped_keys()
         self._starts = np.cumsum([0, *map(len, self._shards)])
+        self._mapped = [np.zeros(shard.nbytes // WINDOW + 1, np.bool_) for shard in self._shards]  # [window -> mapped?]
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -33,10 +41,21 @@ class MappedKeys:
         """
         keys = np.empty((len(entries), self.key_size), KEY_DTYPE)
         bounds = np.searchsorted(entries, self._starts)  # [shard -> its first row]
-        for low, high, start, shard in zip(bounds[:-1], bounds[1:], self._starts, self._shards, strict=False):
+        for number, (low, high) in enumerate(pairwise(bounds)):
             if low < high:
-                np.take(shard, entries[low:high] - start, axis=0, out=keys[low:high])
+                rows = entries[low:high] - self._starts[number]
+                np.take(self._shards[number], rows, axis=0, out=keys[low:high])
+                self._mapped[number][rows * keys.itemsize * self.key_size // WINDOW] = True
+        if WINDOW * sum(map(np.count_nonzero, self._mapped)) > MOST_MAPPED:
+            self._unmap()
         return keys
+
+    def _unmap(self) -> None:
+        """Let the pages go; they are mapped anew when they are read, mostly without reading the disk."""
+        for shard, mapped in zip(self._shards, self._mapped, strict=True):
+            mapped[:] = False
+            if len(shard) and hasattr(mmap, "MADV_DONTNEED"):
+                shard._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def chunks(self, entries: range, chunk: int) -> Iterator[NDArray[np.float16]]:
         """The keys of entries that follow each other, in arrays of shape (up to `chunk`, D).

@@ -34,12 +34,13 @@ def system_json(result: SystemResult) -> dict[str, Any]:
     }
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: torch.device = torch.device("cpu")) -> dict[str, Any]:
     """Machine, threads and versions, which figures of speed mean nothing without."""
     return {
         "device": str(device) if device.type != "cuda" else f"{device} ({torch.cuda.get_device_name(device)})",
         "threads": {"torch": torch.get_num_threads(), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS")},
         "cores": os.cpu_count(),
+        "processor": processor(),
         "platform": platform.platform(),
         "libraries": {
             "python": platform.python_version(),
@@ -47,6 +48,13 @@ def environment(device: torch.device) -> dict[str, Any]:
             **{package: version(package) for package in ("sacrebleu", "lightning")},
         },
     }
+
+
+def processor() -> str:
+    """The processor's name, where Linux tells it; otherwise what it understands."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def markdown_table(

@@ -1,5 +1,6 @@
 """How evenly an inverted-file index is filled, and how pure its lists are."""
 
+import torch
 from torch import Tensor
 
 
@@ -14,7 +15,6 @@ def imbalance_factor(sizes: Tensor) -> float:
     Returns:
         The factor; 1 for an empty index.
 
-    >>> import torch
     >>> imbalance_factor(torch.tensor([3, 1, 0, 0]))
     2.5
     """
@@ -33,19 +33,24 @@ def homogeneity(lists: Tensor, tokens: Tensor) -> float:
     Returns:
         A value in [0, 1]; 1 if there is only one token.
 
-    >>> import torch
     >>> homogeneity(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 7, 7]))
     1.0
     """
-    token_entropy = _entropy(tokens.unique(return_counts=True)[1])
+    if not len(tokens):
+        return 1.0
+    vocabulary = int(tokens.max()) + 1
+    pairs = counts = torch.empty(0, dtype=torch.long, device=tokens.device)
+    chunk = max(1 << 20, len(tokens) // 16)  # far fewer pairs than entries are different: there are many entries
+    for of_lists, of_tokens in zip(lists.split(chunk), tokens.split(chunk), strict=True):
+        found, times = (of_lists.long() * vocabulary + of_tokens.long()).unique(return_counts=True)
+        pairs, places = torch.cat([pairs, found]).unique(return_inverse=True)
+        counts = torch.zeros_like(pairs).index_add_(0, places, torch.cat([counts, times]))
+    token_entropy = _entropy((pairs % vocabulary).bincount(counts))
     if token_entropy == 0:
         return 1.0
-    joint = lists.long() * (int(tokens.max()) + 1) + tokens.long()
-    joint_entropy = _entropy(joint.unique(return_counts=True)[1])
-    list_entropy = _entropy(lists.unique(return_counts=True)[1])
-    return 1.0 - max(0.0, joint_entropy - list_entropy) / token_entropy
+    list_entropy = _entropy((pairs // vocabulary).bincount(counts))
+    return 1.0 - max(0.0, _entropy(counts) - list_entropy) / token_entropy
 
 
 def _entropy(counts: Tensor) -> float:
-    shares = counts.double() / counts.sum()
-    return float(-(shares * shares.log()).sum())
+    return float(torch.special.entr(counts.double() / counts.sum()).sum())

@@ -23,7 +23,7 @@ from lightning_knnmt.index.config import IndexConfig, choose_factory
 from lightning_knnmt.index.factory import check_sample, default_train_points, make_index, refusing
 from lightning_knnmt.index.faiss_index import FaissIndex, find_ivf, read_index, write_index
 from lightning_knnmt.index.gpu import Gpus, adder, assigning, find_gpus
-from lightning_knnmt.index.merging import clear_padding, merge
+from lightning_knnmt.index.merging import clear_padding, merge, reserve
 from lightning_knnmt.index.parts import Parts, part_ranges, remove_parts
 from lightning_knnmt.index.report import IndexPart, IndexReport
 from lightning_knnmt.index.splitting import give_centroids
@@ -202,6 +202,7 @@ class IndexBuild:
         progress = tqdm(total=entries, desc=what, unit=" keys", unit_scale=True, disable=self.ranks.rank > 0)
         gpus = None if self.gpus is None else self.gpus.share(self.ranks.rank, self.ranks.size)
         with self.spans.span("add"), progress, adder(index, gpus) as add:
+            reserve(index, int(index.ntotal) + entries)
             for keys in chunks:
                 with refusing(self.training.factory, "add keys to in their order", "one without IDMap"):
                     add(keys.astype(np.float32))
@@ -229,6 +230,7 @@ class IndexBuild:
         if self.config.layout == "shards":
             return self._finish(index, tuple(part for part in made if part is not None))
         with self.spans.span("merge"):
+            reserve(index, len(self.datastore))
             for number, entries in enumerate(parts.ranges):
                 merge(index, read_index(parts.file(number)), entries.start)
             clear_padding(index)
@@ -254,7 +256,7 @@ class IndexBuild:
             parts: The files of the parts.
         """
         sizes: list[NDArray[np.int64]] = []
-        lists: list[NDArray[np.int64]] = []
+        lists: list[NDArray[np.int32]] = []
         for index in indexes:  # one at a time, since all together may not fit into memory
             if (of_part := index.list_sizes()) is not None and (assigned := index.list_of_entries()) is not None:
                 sizes.append(of_part)

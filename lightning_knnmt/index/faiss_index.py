@@ -155,7 +155,7 @@ class FaissIndex:
             return None
         return np.sum([_list_sizes(inverted_lists(ivf)) for ivf in self._ivfs], axis=0)
 
-    def list_of_entries(self) -> NDArray[np.int64] | None:
+    def list_of_entries(self) -> NDArray[np.int32] | None:
         """The inverted list of each entry, shape (N,)."""  # [entry -> list]
         if not self._ivfs:
             return None
@@ -270,8 +270,8 @@ def _list_sizes(lists: "faiss.InvertedLists") -> NDArray[np.int64]:
     return np.array([lists.list_size(number) for number in range(lists.nlist)], np.int64)
 
 
-def _list_of_entries(lists: "faiss.InvertedLists", entries: int) -> NDArray[np.int64]:
-    assigned = np.empty(entries, np.int64)
+def _list_of_entries(lists: "faiss.InvertedLists", entries: int) -> NDArray[np.int32]:
+    assigned = np.empty(entries, np.int32)
     for number, size in enumerate(_list_sizes(lists)):
         if size:
             ids = faiss.rev_swig_ptr(lists.get_ids(number), int(size))

@@ -22,7 +22,56 @@ def merge(index: faiss.Index, part: faiss.Index, first: int) -> None:
         outer.refine_index.merge_from(inner.refine_index)
         outer.ntotal = outer.base_index.ntotal
     else:
+        _append_whole_blocks(outer, inner, first)
         outer.merge_from(inner, first)
+
+
+def reserve(index: faiss.Index, entries: int) -> None:
+    """Make room for the codes of so many entries, which would be in memory twice whenever their number has doubled.
+
+    Codes in inverted lists are in pieces small enough.
+
+    Args:
+        index: Trained.
+        entries: How many it will have.
+    """
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexPreTransform):
+        reserve(inner.index, entries)
+    elif isinstance(inner, faiss.IndexRefine):
+        reserve(inner.base_index, entries)
+        reserve(inner.refine_index, entries)
+    elif isinstance(inner, faiss.IndexFlatCodes):
+        inner.codes.resize(entries * inner.code_size)
+        inner.codes.resize(inner.ntotal * inner.code_size)  # which keeps the room
+
+
+def _append_whole_blocks(outer: faiss.Index, inner: faiss.Index, first: int) -> None:
+    """Append to those FastScan lists at whose end FAISS would write beyond its memory.
+
+    FAISS 1.15 copies too many blocks where a list's number of entries is a multiple of a block's number of bytes
+    (`BlockInvertedLists::add_entries`).
+    """
+    to, lists = (_blocks(index) for index in (outer, inner))
+    if to is None:
+        return
+    for number in range(to.nlist):
+        there, new = to.list_size(number), lists.list_size(number)
+        if there and new and there % to.block_size == 0:
+            to.resize(number, there + new)
+            ids = faiss.rev_swig_ptr(to.get_ids(number), there + new)
+            ids[there:] = faiss.rev_swig_ptr(lists.get_ids(number), new) + first
+            start, size = (-(-entries // to.n_per_block) * to.block_size for entries in (there, new))
+            codes = faiss.rev_swig_ptr(to.get_codes(number), start + size)
+            codes[start:] = faiss.rev_swig_ptr(lists.get_codes(number), size)
+            lists.resize(number, 0)
+
+
+def _blocks(index: faiss.Index) -> Any:
+    """The lists of FastScan codes, of which FAISS's type hints do not know; None if there are none."""
+    ivf = find_ivf(index)
+    lists: Any = None if ivf is None else faiss.downcast_InvertedLists(inverted_lists(ivf))
+    return lists if type(lists).__name__ == "BlockInvertedLists" else None
 
 
 def clear_padding(index: faiss.Index) -> None:
@@ -30,9 +79,7 @@ def clear_padding(index: faiss.Index) -> None:
 
     FastScan keeps 32 codes to a block, and merging leaves chance content in what a list does not use of its last one.
     """
-    ivf = find_ivf(index)
-    lists: Any = None if ivf is None else faiss.downcast_InvertedLists(inverted_lists(ivf))
-    if type(lists).__name__ != "BlockInvertedLists":  # of which FAISS's type hints do not know
+    if (lists := _blocks(index)) is None:
         return
     zeros = np.zeros(lists.packer.code_size, np.uint8)
     for number in range(lists.nlist):

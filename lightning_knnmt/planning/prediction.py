@@ -1,7 +1,6 @@
 """From rates to a plan: arithmetic only."""
 
 from dataclasses import dataclass
-from math import log2
 
 from lightning_knnmt.datastore import DatastoreConfig
 from lightning_knnmt.index import IndexConfig
@@ -9,7 +8,7 @@ from lightning_knnmt.index.parts import part_ranges
 from lightning_knnmt.planning.encoding import EncodingRates
 from lightning_knnmt.planning.indexing import POINTS_PER_LIST, IndexRates, kmeans_work
 
-REPORT_BYTES = 56  # of an entry, while the homogeneity of lists is computed: its list, its token, and both sorted
+REPORT_BYTES = 24  # of an entry, while the homogeneity of lists is computed: its list, its token, and pairs of these
 LISTS_GROWTH = 1.5  # memory of lists that grow by doubling, over what is in them
 
 
@@ -147,18 +146,17 @@ def _busiest(pieces: list[int], machines: int) -> float:
 
 
 def _memory(size: Size, encoding: EncodingRates, index: IndexRates) -> Memory:
-    def held(entries: int, chunk: int) -> float:
-        return LISTS_GROWTH * index.list_bytes * entries + index.array_bytes * growth(entries, chunk)
+    def held(entries: int) -> float:
+        return (LISTS_GROWTH * index.list_bytes + index.array_bytes) * entries
 
     part = max(size.parts)
     together = size.entries if size.index.layout == "whole" else part
-    chunk = min(size.index.chunk, part)
     moments = [
-        held(part, chunk) + 6 * size.key_size * chunk,  # adding keys in fp16 and fp32
-        held(together, together) + (REPORT_BYTES if size.nlist else 4) * size.entries,
+        held(part) + 6 * size.key_size * min(size.index.chunk, part),  # adding keys in fp16 and fp32
+        held(together) + (REPORT_BYTES if size.nlist else 4) * size.entries,
     ]
     if size.merges:
-        moments.append(held(size.entries, part) + held(part, part) + index.empty_bytes)
+        moments.append(held(size.entries) + held(part) + index.empty_bytes)
     used = min(size.train_points, POINTS_PER_LIST * (size.nlist or size.train_points))
     copied = used if used < size.train_points else 0  # by k-means, if it leaves some out
     return Memory(
@@ -167,14 +165,3 @@ def _memory(size: Size, encoding: EncodingRates, index: IndexRates) -> Memory:
         train=4.0 * size.key_size * (size.train_points + copied),
         index=index.empty_bytes + max(moments),
     )
-
-
-def growth(entries: int, chunk: int) -> int:
-    """Most entries in memory while an array grows to N of them by `chunk`: a full one is copied to one twice as large.
-
-    >>> growth(700, 100), growth(900, 100), growth(100, 100)
-    (800, 1600, 100)
-    """
-    if entries <= chunk:
-        return entries
-    return max(entries, 2 * chunk * 2 ** int(log2((entries - 1) // chunk)))
