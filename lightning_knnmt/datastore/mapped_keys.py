@@ -11,13 +11,13 @@ from lightning_knnmt.datastore.shard import KEY_DTYPE
 from lightning_knnmt.datastore.store import Datastore
 
 WINDOW = 1 << 16  # bytes that Linux maps around one that is read
-MOST_MAPPED = 512 << 20  # bytes
+MOST_WINDOWS = 1 << 13  # that are mapped at a time
 
 
 class MappedKeys:
     """Stored keys by entry number, straight from the shards' files, which the operating system keeps in memory or not.
 
-    No more than `MOST_MAPPED` bytes of them count as this process's memory at a time.
+    About 512 MB of them at most count as this process's memory at a time.
 
     Args:
         datastore: Whose keys to read. It need not stay open.
@@ -42,12 +42,13 @@ class MappedKeys:
         keys = np.empty((len(entries), self.key_size), KEY_DTYPE)
         bounds = np.searchsorted(entries, self._starts)  # [shard -> its first row]
         for number, (low, high) in enumerate(pairwise(bounds)):
-            if low < high:
-                rows = entries[low:high] - self._starts[number]
-                np.take(self._shards[number], rows, axis=0, out=keys[low:high])
+            for first in range(low, high, MOST_WINDOWS // 2):
+                last = min(high, first + MOST_WINDOWS // 2)
+                rows = entries[first:last] - self._starts[number]
+                np.take(self._shards[number], rows, axis=0, out=keys[first:last])
                 self._mapped[number][rows * keys.itemsize * self.key_size // WINDOW] = True
-        if WINDOW * sum(map(np.count_nonzero, self._mapped)) > MOST_MAPPED:
-            self._unmap()
+                if sum(map(np.count_nonzero, self._mapped)) > MOST_WINDOWS // 2:
+                    self._unmap()
         return keys
 
     def _unmap(self) -> None:
