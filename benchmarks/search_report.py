@@ -172,8 +172,8 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     batches = sorted(result["options"]["batch"])
     batch = batches[len(batches) // 2]
     measured = result["stores"]
-    columns = min(3, len(measured))
-    lines = -(-len(measured) // columns)
+    lines = -(-len(measured) // 3)
+    columns = -(-len(measured) // lines)
     figure = Figure(figsize=(1.5 + 5 * columns, 1.2 + 4.2 * lines), layout="constrained")
     panels = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for panel in panels.flat[len(measured) :]:
