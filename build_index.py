@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.cli import USER_ERROR, log_cut, peak_memory_mb, run_script
+from lightning_knnmt.cli import USER_ERROR, log_cut, run_script
 from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError, build_datastore
 from lightning_knnmt.datastore.builder import DatastoreBuild
 from lightning_knnmt.datastore.ranks import Processes, refuse_several_processes
@@ -29,6 +29,7 @@ from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, write_json
 from lightning_knnmt.index import IndexConfig, IndexReport, build_index, open_index
 from lightning_knnmt.index.updating import Change, append_pairs, compact
 from lightning_knnmt.planning import Plan, make_plan, to_text
+from lightning_knnmt.timing import peak_memory_mb
 
 log = logging.getLogger("lightning_knnmt.build_index")
 
@@ -138,6 +139,7 @@ def plan(
     """
     share = processes.devices * processes.num_nodes if machines is None else machines
     made = make_plan(backbone, datastore, index, entries, share, sample_pairs)
+    log_cut(backbone)
     sys.stdout.write(to_text(made) + "\n")
     return made
 

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.cli import log_cut, peak_memory_mb, run_script
+from lightning_knnmt.cli import log_cut, run_script
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.datastore import Provenance
@@ -34,6 +34,7 @@ from lightning_knnmt.explanation import explain, explanation_lines
 from lightning_knnmt.index.config import Device
 from lightning_knnmt.plots import plot_list_sizes
 from lightning_knnmt.search import KnnSearch, KnnSettings, open_search
+from lightning_knnmt.timing import peak_memory_mb
 
 log = logging.getLogger("lightning_knnmt.evaluate")
 

@@ -94,7 +94,13 @@ def measured_search(
 
 def codes_mb(index: FaissIndex) -> float:
     """Size of an index's codes alone, without entry numbers, centroids and the links of a graph."""
-    coded = [
-        part.storage if isinstance(part, faiss.IndexHNSW) else part for part in map(faiss.downcast_index, index.parts)
-    ]
-    return sum(part.ntotal * part.sa_code_size() for part in coded) / 2**20
+    return sum(part.ntotal * _code_size(part) for part in index.parts) / 2**20
+
+
+def _code_size(index: faiss.Index) -> int:
+    inner = faiss.downcast_index(index)
+    if isinstance(inner, faiss.IndexPreTransform):
+        return _code_size(inner.index)
+    if isinstance(inner, faiss.IndexRefine):
+        return _code_size(inner.base_index) + _code_size(inner.refine_index)
+    return int((inner.storage if hasattr(inner, "storage") else inner).sa_code_size())

@@ -66,10 +66,10 @@ def build_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict[s
     """The same figures of a build; runs in a process of its own."""
     from build_index import build
     from lightning_knnmt.backbone import Backbone
-    from lightning_knnmt.cli import peak_memory_mb
     from lightning_knnmt.datastore import DatastoreConfig, Manifest
     from lightning_knnmt.evaluation.report import read_build
     from lightning_knnmt.index import IndexConfig
+    from lightning_knnmt.timing import peak_memory_mb
 
     datastore = DatastoreConfig(folder, CorpusFile(corpus), shard_entries=options.shard_entries)
     backbone = Backbone(options.model, device="cpu")

@@ -229,8 +229,8 @@ def measure(
         built = indexes[asked] = build(store, factory, options, processes)
         index = open_index(store, built["name"])
         settings.append(settings_of(asked, index, options))
-        built["codes_mb"] = codes_mb(index)
         if options.memory:
+            built["codes_mb"] = codes_mb(index)
             arguments = (store.folder, built["name"], subject.queries, options.k, max(options.nprobe))
             for way, rescore in (("search", 0), ("mapped", TIES * options.k)):
                 used = processes.run(measured_search, *arguments, rescore, way == "mapped", options.threads)

@@ -54,16 +54,6 @@ def log_cut(backbone: Backbone) -> None:
         )
 
 
-def peak_memory_mb() -> int | None:
-    """The most memory that this process has held so far, in MB; None on Windows, which does not tell."""
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))
-
-
 def _log_to_stderr() -> None:
     """Show this package's log; Hugging Face's libraries show their own."""
     package = logging.getLogger("lightning_knnmt")

@@ -1,5 +1,6 @@
-"""Named spans of time."""
+"""Named spans of time, and the most memory."""
 
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -31,3 +32,13 @@ def now() -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def peak_memory_mb() -> int | None:
+    """The most memory that this process has held so far, in MB; None on Windows, which does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / (1 << 20 if sys.platform == "darwin" else 1 << 10))

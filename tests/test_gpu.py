@@ -212,9 +212,8 @@ def test_a_search_on_gpus_finds_what_one_on_the_cpu_does(clumps: Datastore, fact
         for index in (cpu, gpu):
             index.set_nprobe(nprobe)
         (expected, ids), (distances, found) = (index.search(QUERIES, K) for index in (cpu, gpu))
-        assert overlap(found, ids) > (
-            0.9 if "HNSW" in factory else 0.97
-        )  # fp16 tables of PQ, and graphs that miss lists
+        # fp16 tables of PQ, and graphs that miss lists
+        assert overlap(found, ids) > (0.9 if "HNSW" in factory else 0.97)
         np.testing.assert_allclose(np.median(distances, 0), np.median(expected, 0), rtol=1e-2)
         if factory in ("Flat", "IVF16,Flat"):
             np.testing.assert_array_equal(found, ids)

@@ -3,8 +3,12 @@
 `OnCpu` makes the same objects in memory: real flat indexes assign points, and real copies are filled and searched.
 """
 
+import gc
+import logging
 import re
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -18,7 +22,7 @@ from tiny_stores import clumpy_keys, write_store
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.ranks import Ranks
 from lightning_knnmt.datastore.removed import Removed
-from lightning_knnmt.index import FaissIndex, IndexConfig, build_index, open_index, open_parts
+from lightning_knnmt.index import FaissIndex, IndexConfig, build_index, gpu, open_index, open_parts
 from lightning_knnmt.index.builder import IndexBuild, plan_training
 from lightning_knnmt.index.factory import make_index, refusing
 from lightning_knnmt.index.gpu import Gpus, adder, assigning, find_gpus, has_gpu_version
@@ -73,6 +77,15 @@ class OnCpu(Gpus):
         else:
             self.flats.append(copy)
         return copy
+
+
+class Small(OnCpu):
+    """GPUs that refuse every index whose entries they are to hold."""
+
+    def _copied(self, index: faiss.Index, shard: bool) -> faiss.Index:
+        if shard:
+            raise RuntimeError("number of sub-quantizers not supported")
+        return super()._copied(index, shard)
 
 
 @lru_cache
@@ -150,13 +163,35 @@ def test_an_error_of_training_leaves_nothing_attached() -> None:
     assert len(gpus.flats) == 3 and all(flat.thisown for flat in gpus.flats)
 
 
+def test_python_owns_again_what_was_lent(monkeypatch: pytest.MonkeyPatch) -> None:
+    lent, real = [], gpu._lent
+
+    @contextmanager
+    def spy(holder: Any, name: str, what: Any) -> Iterator[None]:
+        with real(holder, name, what):
+            assert not what.thisown
+            lent.append((type(what), name, what))
+            yield
+
+    monkeypatch.setattr(gpu, "_lent", spy)
+    trained("OPQ4,IVF8,PQ8x4fs", OnCpu())
+    with adder(copy_of("OPQ4,IVF8,PQ8x4fs"), OnCpu()) as add:
+        add(SAMPLE)
+    OnCpu().copy(copy_of("IVF8_HNSW32,SQ8"))
+    flat, codes, exact = faiss.IndexFlatL2, faiss.ProductQuantizer, faiss.IndexRefine
+    assert [(kind, name) for kind, name, _ in lent] == [
+        (flat, "assign_index"), (codes, "pq"), (flat, "clustering_index"), (flat, "assign_index"),
+        (exact, "quantizer"), (flat, "quantizer"),
+    ]  # fmt: skip
+    assert all(what.thisown for *_, what in lent)
+
+
 @pytest.mark.parametrize("factory", ["IVF8,SQ8", "PCA12,IVF8,PQ4"])
 def test_long_lists_are_split_elsewhere_as_here(factory: str) -> None:
     gpus = OnCpu()
     assert content(trained(factory, gpus, split=0.5)) == content(trained(factory, None, split=0.5))
-    assert (
-        sum(flat.ntotal == 4 for flat in gpus.flats) == 2
-    )  # half of the centroids: k-means, and the lists to be split
+    # half of the centroids: k-means, and the lists to be split
+    assert sum(flat.ntotal == 4 for flat in gpus.flats) == 2
 
 
 def test_what_assigns_is_asked_and_not_ignored() -> None:
@@ -202,12 +237,6 @@ def test_adding_to_an_index_with_entries_copies_none_of_them(factory: str) -> No
 
 
 def test_an_index_that_gpus_refuse_is_filled_on_the_cpu() -> None:
-    class Small(OnCpu):
-        def _copied(self, index: faiss.Index, shard: bool) -> faiss.Index:
-            if shard:
-                raise RuntimeError("number of sub-quantizers not supported")
-            return super()._copied(index, shard)
-
     expected, index = copy_of("IVF8,PQ4"), copy_of("IVF8,PQ4")
     expected.add(SAMPLE)
     gpus = Small()
@@ -260,7 +289,30 @@ def test_each_of_several_processes_adds_with_one_gpu(store: Datastore, gpus: OnC
     for ranks in (Ranks(), Ranks(0, 3), Ranks(1, 3), Ranks(2, 3)):
         build = IndexBuild(store, config, plan_training(store, config, ENTRIES), ranks)
         build.add(index, [KEYS[:5]], 5)
-    assert [each.numbers for each in used] == [(0, 1), (0,), (1,), (0,)]
+        build.add(index, [KEYS[5:7]], 2)
+    assert [each.numbers for each in used[::2]] == [(0, 1), (0,), (1,), (0,)]
+    assert all(one is two for one, two in zip(used[::2], used[1::2], strict=True))  # with the memory that it reserved
+
+
+def test_what_training_reserves_on_gpus_is_free_once_keys_are_added(
+    store: Datastore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, alive = [], []  # for the check, for training, for adding
+
+    def find(device: str) -> OnCpu:
+        gpus = OnCpu()
+        found.append(weakref.ref(gpus))
+        return gpus
+
+    def add(index: faiss.Index, gpus: OnCpu) -> Any:
+        gc.collect()
+        alive.append([each() is gpus for each in found])
+        return adder(index, gpus)
+
+    monkeypatch.setattr("lightning_knnmt.index.builder.find_gpus", find)
+    monkeypatch.setattr("lightning_knnmt.index.builder.adder", add)
+    build_index(store, IndexConfig("IVF8,SQ8", layout="shards", part_entries=250))
+    assert alive == 3 * [[False, False, True]]
 
 
 @pytest.mark.parametrize("mmap", [False, True])
@@ -314,6 +366,43 @@ def test_removed_entries_are_not_found_in_copies(store: Datastore, gpus: OnCpu) 
     assert not store.removed.covers(there.search(QUERIES, K)[1]).any()
 
 
+@pytest.mark.parametrize("layout", ["whole", "shards"])
+def test_queries_near_more_removed_entries_than_gpus_select_are_answered_on_the_cpu(
+    tmp_path: Path, gpus: OnCpu, monkeypatch: pytest.MonkeyPatch, layout: Any
+) -> None:
+    keys, values = clumpy_keys(3000, KEY_SIZE)
+    nearest = ((keys.astype(np.float64) - QUERIES[0]) ** 2).sum(1).argsort()
+    gone = np.sort(nearest[:2200])
+    asked: list[tuple[bool, int, int]] = []  # whether of copies, R, K
+    real = FaissIndex._search
+
+    def spy(index: FaissIndex, parts: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        asked.append((parts is not index.parts, len(queries), k))
+        return real(index, parts, queries, k)
+
+    with write_store(tmp_path / "large", keys, values, [1100, 1900]) as store:
+        build_index(store, IndexConfig("IVF8,Flat", layout=layout, part_entries=1900, device="cpu"))
+        store.removed = Removed.of(gone, gone + 1)
+        here, there = (open_index(store, device=device) for device in ("cpu", "gpu"))
+    for nprobe, k in ((8, K), (8, 500), (6, K), (1, 2048)):
+        for index in (here, there):
+            index.set_nprobe(nprobe)
+        expected = here.search(QUERIES, k)
+        asked.clear()
+        with monkeypatch.context() as patched:
+            patched.setattr(FaissIndex, "_search", spy)
+            found = there.search(QUERIES, k)
+        for ours, theirs in zip(expected, found, strict=True):
+            np.testing.assert_array_equal(theirs, ours)
+        assert all(copies == (wanted <= 2048) for copies, _, wanted in asked)
+        if nprobe == 8:
+            rows = [rows for copies, rows, _ in asked if not copies]
+            assert rows and (k > K or rows[0] < len(QUERIES))
+            assert not np.isin(found[1], gone).any() and (found[1] >= 0).all()
+    with pytest.raises(ValueError, match="k is 2049, expected 2048 or less on GPUs"):
+        there.search(QUERIES, 2049)
+
+
 @pytest.mark.parametrize("factory", ["IVF8,PQ8x4fs", "IVF8,RaBitQ2", "IVF8,Flat,Refine(SQfp16)", "HNSW8", "IVF8,PQ4x4"])
 def test_a_family_that_gpus_do_not_have_is_refused_or_searched_on_the_cpu(
     store: Datastore, gpus: OnCpu, factory: str
@@ -325,13 +414,30 @@ def test_a_family_that_gpus_do_not_have_is_refused_or_searched_on_the_cpu(
     assert open_index(store, device="auto").device == "cpu"
 
 
+@pytest.mark.parametrize("layout", ["whole", "shards"])
+def test_an_index_that_gpus_refuse_is_searched_on_the_cpu_unless_they_are_asked_for(
+    store: Datastore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, layout: Any
+) -> None:
+    build_index(store, IndexConfig("IVF8,PQ4", layout=layout, part_entries=250, device="cpu"))
+    monkeypatch.setattr("lightning_knnmt.index.opening.find_gpus", lambda device: None if device == "cpu" else Small())
+    message = r"FAISS cannot have this index \(number of sub-quantizers not supported\)"
+    with pytest.raises(ValueError, match=message):
+        open_index(store, device="gpu")
+    with caplog.at_level(logging.INFO):
+        index = open_index(store, device="auto")
+    assert index.device == "cpu" and re.search(f"searched on the CPU: .*{message}", caplog.text)
+    for ours, theirs in zip(open_index(store).search(QUERIES, K), index.search(QUERIES, K), strict=True):
+        np.testing.assert_array_equal(theirs, ours)
+
+
 def test_more_neighbors_or_lists_than_gpus_select_are_refused(store: Datastore, gpus: OnCpu) -> None:
     build_index(store, IndexConfig("IVF8,SQ8", device="cpu"))
     here, there = (open_index(store, device=device) for device in ("cpu", "gpu"))
-    assert there.search(QUERIES, 2048)[1].shape == here.search(QUERIES, 3000)[1][:, :2048].shape
-    with pytest.raises(
-        ValueError, match=r"k is 2049, expected 2048 or less on GPUs .*; choose fewer, or search on the CPU"
-    ):
+    for index in (here, there):
+        index.set_nprobe(3)
+    np.testing.assert_array_equal(there.search(QUERIES, 2048)[1], here.search(QUERIES, 3000)[1][:, :2048])
+    message = r"k is 2049, expected 2048 or less on GPUs .*; choose fewer, or search on the CPU"
+    with pytest.raises(ValueError, match=message):
         there.search(QUERIES, 2049)
     quantizer = faiss.IndexFlatL2(2)
     lists = faiss.IndexIVFFlat(quantizer, 2, 3000)
@@ -343,6 +449,7 @@ def test_more_neighbors_or_lists_than_gpus_select_are_refused(store: Datastore, 
     many.set_nprobe(2048)
     with pytest.raises(ValueError, match="nprobe is 3000, expected 2048 or less on GPUs"):
         many.set_nprobe(5000)
+    assert lists.nprobe == 2048
 
 
 @pytest.mark.parametrize("layout", ["whole", "shards"])

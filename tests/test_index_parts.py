@@ -64,12 +64,8 @@ def test_parts_merged_into_one_are_byte_by_byte_the_index_built_in_one(store: Da
 def test_parts_are_merged_within_memory_where_a_list_has_as_many_entries_as_a_block_has_bytes(
     tmp_path: Path, factory: str
 ) -> None:
-    sizes = [
-        256,
-        100,
-        156,
-        388,
-    ]  # blocks have 64 or 128 bytes
+    # blocks have 64 or 128 bytes
+    sizes = [256, 100, 156, 388]
     with write_store(tmp_path / "store", KEYS, VALUES, sizes) as store:
         build_index(store, IndexConfig(factory, name="one"))
         build_index(store, IndexConfig(factory, name="merged", part_entries=256))

@@ -204,6 +204,8 @@ def test_what_cannot_be_planned_is_refused(backbone: Backbone, config: Datastore
         plan(backbone, config, machines=0)
     with pytest.raises(ValueError, match="sample_pairs is 0, expected 1 or more"):
         plan(backbone, config, sample_pairs=0)
+    with pytest.raises(ValueError, match="factory is IMI2x4,Flat, expected one whose lists are written IVF"):
+        plan(backbone, config, IndexConfig("IMI2x4,Flat"))
     with pytest.raises(ValueError, match="factory is 'Nonsense', which FAISS cannot make"):
         plan(backbone, config, IndexConfig("Nonsense"))
     with pytest.raises(ValueError, match="with 8192 lists, but there are only"):

@@ -1,10 +1,11 @@
-"""Every command in the README's code blocks is one that the repository takes."""
+"""Every command in the code blocks of the README and of docs/ is one that the repository takes."""
 
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,9 @@ from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.decoding import Decoding
 from lightning_knnmt.search import KnnSettings
 
-README = ROOT / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "docs" / "dispersion.md", ROOT / "docs" / "indexes.md"]
 PYTHON = re.compile(r"(.*/)?python3?")
+LAUNCHER = re.compile(r"(torchrun|srun)( --[\w-]+ \d+)* (python )?")
 OPERATORS = {"|", "||", "&&", ";", "&"}
 
 
@@ -26,7 +28,7 @@ def commands(text: str) -> list[list[str]]:
     found = []
     for block in re.findall(r"^ *```[^\n]*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            for words in _simple_commands(line.strip().removeprefix("$ ")):
+            for words in _simple_commands(LAUNCHER.sub("python ", line.strip().removeprefix("$ "))):
                 is_script = len(words) > 1 and PYTHON.fullmatch(words[0]) and words[1].endswith(".py")
                 if is_script or words[0] == "make":
                     found.append(words)
@@ -72,8 +74,7 @@ def check(words: list[str], translate_config: Path) -> None:
     if script not in SCRIPTS:
         options = {arg.split("=")[0] for arg in args if arg.startswith("--")}
         if options:
-            help_command = [sys.executable, script, "--help"]
-            help_text = subprocess.run(help_command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+            help_text = help_of(script)
             assert all(re.search(rf"{re.escape(option)}\b", help_text) for option in options), f"{options}: {help_text}"
         return
     for number, arg in enumerate(args):
@@ -88,6 +89,12 @@ def check(words: list[str], translate_config: Path) -> None:
         pytest.fail(f"{shlex.join(words)}: {error}")
 
 
+@cache
+def help_of(script: str) -> str:
+    command = [sys.executable, script, "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.fixture
 def translate_config(marian_folder: Path, tmp_path: Path) -> Path:
     """The file that `evaluate.py` writes for `translate.py`."""
@@ -99,8 +106,9 @@ def translate_config(marian_folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
-def test_every_command_of_the_readme_is_taken(translate_config: Path):
-    found = commands(README.read_text(encoding="utf-8"))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_is_taken(page: Path, translate_config: Path):
+    found = commands(page.read_text(encoding="utf-8"))
     assert len(found) >= 2
     for words in found:
         check(words, translate_config)

@@ -99,11 +99,15 @@ def test_fewer_candidates_than_neighbors_are_refused(store: Datastore) -> None:
     assert KnnSettings(k=8, rescore=8).rescore == 8
 
 
-def test_keys_are_the_same_when_their_pages_were_let_go(store: Datastore, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, let_go = MappedKeys(store), []
-    unmap = keys._unmap
-    monkeypatch.setattr(keys, "_unmap", lambda: (let_go.append(True), unmap()))
-    rows = np.arange(0, ENTRIES, 7)
-    assert keys.rows(rows).tolist() == KEYS[rows].tolist() and not let_go
-    monkeypatch.setattr("lightning_knnmt.datastore.mapped_keys.MOST_WINDOWS", 2)  # one shard fills one, and another shard one more
-    assert keys.rows(rows).tolist() == KEYS[rows].tolist() and let_go
+def test_keys_are_the_same_and_few_pages_stay_mapped_when_others_are_let_go(
+    store: Datastore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_knnmt.datastore.mapped_keys.WINDOW", 640)  # 20 keys
+    monkeypatch.setattr("lightning_knnmt.datastore.mapped_keys.MOST_WINDOWS", 20)
+    keys, most, rng = MappedKeys(store), [], np.random.default_rng(4)
+    for size in (1, 5, 30, ENTRIES):
+        rows = np.sort(rng.choice(ENTRIES, size, replace=False))
+        assert keys.rows(rows).tolist() == KEYS[rows].tolist()
+        most.append(sum(int(mapped.sum()) for mapped in keys._mapped))
+        assert most[-1] == keys._windows <= 10
+    assert most[1] > most[0] > 0

@@ -29,6 +29,7 @@ class MappedKeys:
         self._shards = datastore.mapped_keys()
         self._starts = np.cumsum([0, *map(len, self._shards)])
         self._mapped = [np.zeros(shard.nbytes // WINDOW + 1, np.bool_) for shard in self._shards]  # [window -> mapped?]
+        self._windows = 0  # that are mapped
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -46,13 +47,16 @@ class MappedKeys:
                 last = min(high, first + MOST_WINDOWS // 2)
                 rows = entries[first:last] - self._starts[number]
                 np.take(self._shards[number], rows, axis=0, out=keys[first:last])
-                self._mapped[number][rows * keys.itemsize * self.key_size // WINDOW] = True
-                if sum(map(np.count_nonzero, self._mapped)) > MOST_WINDOWS // 2:
+                windows = np.unique(rows * keys.itemsize * self.key_size // WINDOW)
+                self._windows += len(windows) - int(self._mapped[number][windows].sum())
+                self._mapped[number][windows] = True
+                if self._windows > MOST_WINDOWS // 2:
                     self._unmap()
         return keys
 
     def _unmap(self) -> None:
         """Let the pages go; they are mapped anew when they are read, mostly without reading the disk."""
+        self._windows = 0
         for shard, mapped in zip(self._shards, self._mapped, strict=True):
             mapped[:] = False
             if len(shard) and hasattr(mmap, "MADV_DONTNEED"):

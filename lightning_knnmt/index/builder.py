@@ -111,9 +111,10 @@ class IndexBuild:
         return description_file(self.datastore.folder, self.name)
 
     @cached_property
-    def gpus(self) -> Gpus | None:
-        """All GPUs that FAISS is to use; None: the CPU."""
-        return find_gpus(self.config.device)
+    def adding(self) -> Gpus | None:
+        """The GPUs that this process adds keys with, kept for all parts; None: the CPU."""
+        gpus = find_gpus(self.config.device)
+        return None if gpus is None else gpus.share(self.ranks.rank, self.ranks.size)
 
     def check(self) -> None:
         """Refuse to train more lists than there are points, or on GPUs that are not there.
@@ -194,14 +195,13 @@ class IndexBuild:
             sample = self.datastore.sample_keys(self.training.train_points, self.training.seed)
         with self.spans.span("train"):
             log.info("training %s on %d of %d keys", self.training.factory, len(sample), len(self.datastore))
-            _train(index, self.training, sample, self.gpus)
+            _train(index, self.training, sample, find_gpus(self.config.device))
         return save_trained(index, self.training, dict(self.spans.seconds), self.path)
 
     def add(self, index: faiss.Index, chunks: Iterable[NDArray[np.float16]], entries: int, what: str = "add") -> None:
         """Add keys, with a progress bar over so many entries."""
         progress = tqdm(total=entries, desc=what, unit=" keys", unit_scale=True, disable=self.ranks.rank > 0)
-        gpus = None if self.gpus is None else self.gpus.share(self.ranks.rank, self.ranks.size)
-        with self.spans.span("add"), progress, adder(index, gpus) as add:
+        with self.spans.span("add"), progress, adder(index, self.adding) as add:
             reserve(index, int(index.ntotal) + entries)
             for keys in chunks:
                 with refusing(self.training.factory, "add keys to in their order", "one without IDMap"):

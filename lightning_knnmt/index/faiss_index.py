@@ -116,10 +116,10 @@ class FaissIndex:
         if self.nlist is None:
             return
         nprobe = min(nprobe, self.nlist)
+        self._check_limit("nprobe", nprobe)
         for ivf in self._ivfs:
             ivf.nprobe = nprobe
         if self._gpus is not None:
-            self._check_limit("nprobe", nprobe)
             for copy in self._searched:
                 self._gpus.set_nprobe(copy, nprobe)
 
@@ -138,11 +138,14 @@ class FaissIndex:
             ValueError: The queries have another D, or K is more than a GPU can select.
         """
         self.check(queries)
-        if self._gpus is not None:
-            self._check_limit("k", k)
+        self._check_limit("k", k)
+        return self._search(self._searched, queries, k)
+
+    def _search(self, parts: tuple[faiss.Index, ...], queries: NDArray[np.float32], k: int) -> tuple[Distances, Ids]:
+        """As `search`, in the parts or in their copies, without checks."""
         queries = np.ascontiguousarray(queries, np.float32)
         found = []
-        for part, start in zip(self._searched, self._starts[:-1], strict=True):
+        for part, start in zip(parts, self._starts[:-1], strict=True):
             distances, ids = part.search(queries, k)
             distances[ids < 0] = np.inf
             ids[ids >= 0] += start
@@ -205,10 +208,10 @@ class FaissIndex:
             raise ValueError(f"queries have shape {queries.shape}, expected (R, {self.key_size}) as the index's keys")
 
     def _check_limit(self, name: str, value: int) -> None:
-        if value > MOST_ON_GPU:
+        if self._gpus is not None and value > MOST_ON_GPU:
             raise ValueError(
-                f"{name} is {value}, expected {MOST_ON_GPU} or less on GPUs (for k, with candidates for rescore and "
-                "for removed entries); choose fewer, or search on the CPU"
+                f"{name} is {value}, expected {MOST_ON_GPU} or less on GPUs (for k, with candidates for rescore); "
+                "choose fewer, or search on the CPU"
             )
 
 

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.index.faiss_index import Distances, FaissIndex, Ids, read_index
+from lightning_knnmt.index.gpu import MOST_ON_GPU
 
 SPARE = 4  # neighbors asked for beyond K at once, for each that is removed on average
 
@@ -17,7 +18,7 @@ class FilteredIndex(FaissIndex):
 
     It searches for more neighbors where removed ones were among those found, until there are enough, or the index has
     no more. So the neighbors are those that a larger K would have given, for every family of indexes: FAISS 1.15 can
-    itself leave out entries in some families only.
+    itself leave out entries in some families only. Queries that need more than a GPU can select go to the CPU.
 
     Attributes:
         removed: What it leaves out.
@@ -47,11 +48,16 @@ class FilteredIndex(FaissIndex):
 
     def search(self, queries: NDArray[np.float32], k: int) -> tuple[Distances, Ids]:
         """As `FaissIndex.search`, among the entries that were not removed."""
+        self.check(queries)
+        self._check_limit("k", k)
         distances = np.full((len(queries), k), np.inf, np.float32)
         ids = np.full((len(queries), k), -1, np.int64)
+        most = 0 if self._gpus is None else MOST_ON_GPU  # asked of GPUs before the CPU is
         rows, wanted = np.arange(len(queries)), k + math.ceil(SPARE * k * self._share)
+        wanted = min(wanted, most or wanted)
         while True:
-            found, entries = super().search(queries[rows], wanted)
+            parts = self._searched if wanted <= MOST_ON_GPU else self.parts
+            found, entries = self._search(parts, queries[rows], wanted)
             more = entries[:, -1] >= 0  # whether the index may have others
             gone = (entries < 0) | self.removed.covers(entries)
             order = np.argsort(gone, axis=1, kind="stable")[:, :k]
@@ -61,4 +67,4 @@ class FilteredIndex(FaissIndex):
             rows = rows[more & gone.any(1)]
             if not len(rows) or wanted >= len(self):
                 return distances, ids
-            wanted *= 2
+            wanted = min(2 * wanted, most) if wanted < most else 2 * wanted

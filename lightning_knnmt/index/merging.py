@@ -41,6 +41,8 @@ def reserve(index: faiss.Index, entries: int) -> None:
     elif isinstance(inner, faiss.IndexRefine):
         reserve(inner.base_index, entries)
         reserve(inner.refine_index, entries)
+    elif isinstance(inner, faiss.IndexHNSW):
+        reserve(inner.storage, entries)
     elif isinstance(inner, faiss.IndexFlatCodes):
         inner.codes.resize(entries * inner.code_size)
         inner.codes.resize(inner.ntotal * inner.code_size)  # which keeps the room

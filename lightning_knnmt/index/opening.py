@@ -1,13 +1,17 @@
 """Built indexes, opened for search."""
 
+import logging
+
 from lightning_knnmt.datastore import Datastore, DatastoreError
 from lightning_knnmt.datastore.index_files import description_file, generation_name, index_file, part_file
 from lightning_knnmt.datastore.manifest import Manifest
 from lightning_knnmt.index.config import Device
 from lightning_knnmt.index.faiss_index import FaissIndex
 from lightning_knnmt.index.filtered import FilteredIndex
-from lightning_knnmt.index.gpu import Gpus, find_gpus, has_gpu_version
+from lightning_knnmt.index.gpu import Gpus, find_gpus
 from lightning_knnmt.index.report import IndexReport
+
+log = logging.getLogger(__name__)
 
 
 def open_index(datastore: Datastore, name: str = "index", mmap: bool = False, device: Device = "cpu") -> FaissIndex:
@@ -18,7 +22,7 @@ def open_index(datastore: Datastore, name: str = "index", mmap: bool = False, de
         name: Its name.
         mmap: Leave the entries on the disk, for a store larger than memory; lists of FastScan codes are read even so.
         device: Where it is searched: `cpu`; `gpu`: in a copy divided between all GPUs; `auto`: there, if FAISS has any
-            and a GPU version of the index.
+            and can have the index there.
 
     Raises:
         DatastoreError: The index belongs to another datastore, or is not whole.
@@ -79,8 +83,13 @@ def read_report(datastore: Datastore, name: str) -> IndexReport:
 
 
 def _on(gpus: Gpus | None, device: Device, index: FaissIndex) -> FaissIndex:
-    if gpus is not None and (device == "gpu" or has_gpu_version(index.index)):
-        index.search_on(gpus)
+    if gpus is not None:
+        try:
+            index.search_on(gpus)
+        except ValueError as error:
+            if device == "gpu":
+                raise
+            log.info("the index is searched on the CPU: %s", error)
     return index
 
 

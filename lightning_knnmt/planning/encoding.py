@@ -7,7 +7,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.cli import peak_memory_mb
 from lightning_knnmt.data.boxes import box_batches
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
@@ -15,7 +14,7 @@ from lightning_knnmt.datastore import DatastoreConfig, Manifest, Provenance, Sha
 from lightning_knnmt.datastore.encoder import items_of, write_shard
 from lightning_knnmt.datastore.files import file_sha256
 from lightning_knnmt.datastore.manifest import shard_name
-from lightning_knnmt.timing import now
+from lightning_knnmt.timing import now, peak_memory_mb
 
 COUNTED = 8  # pairs whose tokens are counted for each pair that is encoded
 HELD_BYTES = 55  # in memory of a token of either side: its number, and its share of the pair and its texts

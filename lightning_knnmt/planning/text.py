@@ -30,7 +30,7 @@ def to_text(plan: Plan) -> str:
     if size.machines > 1:
         rows.append(("machines", f"{size.machines}; the first samples, trains, merges and reports alone"))
         rows.append(("", f"each writes about {_gb((disk.total - disk.index) / size.machines)} of shards"))
-    rows.append(("uncertain", "times by about 20 %, more where the machine is busy, or an index is extrapolated far"))
+    rows.append(("uncertain", "the time in all by about 20 %, single stages by more, extrapolated indexes by most"))
     return "\n".join(f"{name:<12}{text}" for name, text in rows)
 
 
