@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="LABEL=FILE")
     parser.add_argument("--picture", type=Path)
     options = parser.parse_args(arguments)
-    runs = {label: read_run(Path(file)) for label, file in (run.split("=", 1) for run in options.runs)}
+    runs = {label: read_run(Path(file)) for label, file in (run.rsplit("=", 1) for run in options.runs)}
     rows = [["run", "step", "loss per token", "imbalance factor", "mean resultant length"]]
     for label, found in runs.items():
         for number in sorted({0, len(found) // 2, len(found) - 1}):
