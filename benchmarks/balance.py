@@ -2,10 +2,13 @@
 
 For each datastore: k-means on a uniform sample, on the first and last entries (sentences are in the order of their
 lengths, so these are the longest and the shortest), and on another datastore's keys; and what can be had without
-training a model: keys of unit norm, whitened keys, long lists split. Imbalance factor, and codes that a query scans.
+training a model: keys of unit norm, whitened keys, long lists split. Imbalance factor, codes that a query scans, and
+(`--timed`) microseconds of a query in lists of PQ64 codes.
 """
 
 import argparse
+import statistics
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.evaluation.report import table
 from lightning_knnmt.functional.clusters import homogeneity, imbalance_factor
 from lightning_knnmt.functional.dispersion.directions import directions
+from lightning_knnmt.index.factory import make_index
 from lightning_knnmt.index.splitting import split_centroids
 
 Keys = NDArray[np.float32]
@@ -69,6 +73,25 @@ def measure(keys: Keys, tokens: NDArray[np.int32], centroids: Keys, nprobe: int)
     }
 
 
+def microseconds(keys: Keys, centroids: Keys, nprobe: int, repeats: int = 5) -> float:
+    """Median time of a query that follows the keys, in batches of 32, in an IVF with PQ64, the field's default."""
+    key_size = keys.shape[1]
+    index: Any = make_index(f"IVF{len(centroids)},PQ{min(64, key_size)}", key_size)
+    index.quantizer.add(centroids)
+    index.train(keys[:: max(1, len(keys) // 65536)])  # of the codes alone: there are centroids
+    for part in np.array_split(keys, 1 + len(keys) // 65536):
+        index.add(part)
+    index.nprobe = nprobe
+    queries = np.ascontiguousarray(keys[:: max(1, len(keys) // 1024)])
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        for first in range(0, len(queries), 32):
+            index.search(queries[first : first + 32], 16)
+        times.append((time.perf_counter() - start) / len(queries))
+    return 1e6 * statistics.median(times)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Measure every store with every number of lists."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,6 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--foreign", type=Path, help="datastore of the same model with another domain")
     parser.add_argument("--nlist", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--nprobe", type=int, default=8)
+    parser.add_argument("--timed", type=int, metavar="NPROBE", help="time searches with PQ64 codes at this nprobe, too")
+    parser.add_argument("--only", nargs="+", help="ways of training; all by default", metavar="WAY")
     parser.add_argument("--per-list", type=int, default=64, help="training keys for each list")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
@@ -88,13 +113,18 @@ def main(arguments: list[str] | None = None) -> None:
             foreign = store.sample_keys(len(store))
     results: list[dict[str, Any]] = []
     rows = [["store", "MRL", "lists", "trained on", "imbalance", "homogeneity", "largest list", "codes scanned"]]
+    rows[0] += [] if options.timed is None else ["µs per query"]
     for label, folder in (name.split("=", 1) for name in options.stores):
         with Datastore(Path(folder)) as store:
             keys, tokens = store.sample_keys(len(store)), store.values
         length = float(directions(torch.from_numpy(keys)).mean(0).norm())
         for nlist in options.nlist:
             for name, held, centroids in indexes(keys, foreign, nlist, options.per_list, options.seed):
+                if options.only is not None and name not in options.only:
+                    continue
                 found = measure(held, tokens, centroids, options.nprobe)
+                if options.timed is not None:
+                    found["microseconds"] = microseconds(held, centroids, options.timed)
                 results.append({"store": label, "mean_resultant_length": length, "nlist": nlist, "way": name, **found})
                 rows.append(
                     [
@@ -102,6 +132,8 @@ def main(arguments: list[str] | None = None) -> None:
                         f"{found['homogeneity']:.3f}", f"{found['largest_list']:.1f} × mean", f"{found['scanned']:.2%}",
                     ]
                 )  # fmt: skip
+                if options.timed is not None:
+                    rows[-1].append(f"{found['microseconds']:.0f}")
     print(table(rows))
     if options.json is not None:
         common.write_json(options.json, {"nprobe": options.nprobe, "results": results} | common.environment())

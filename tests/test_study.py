@@ -59,11 +59,13 @@ def test_balance_of_clumped_keys_by_training_sample(tmp_path: Path) -> None:
     keys, values = clumpy_keys(3000, 16)
     write_store(tmp_path / "store", keys, values).close()
     balance.main(
-        [f"clumped={tmp_path / 'store'}", "--nlist", "16", "--per-list", "40", "--json", str(tmp_path / "out.json")]
-    )
+        [f"clumped={tmp_path / 'store'}", "--nlist", "16", "--per-list", "40", "--timed", "4", "--json",
+         str(tmp_path / "out.json")]
+    )  # fmt: skip
     found = {row["way"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
     assert len(found) == 9 and "another datastore" not in found
     assert all(row["imbalance_factor"] >= 1 and 0 < row["scanned"] <= 1 for row in found.values())
+    assert all(row["microseconds"] > 0 for row in found.values())
     assert found["long lists split, 30%"]["largest_list"] < found["uniform sample"]["largest_list"]
 
 
