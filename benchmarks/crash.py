@@ -39,7 +39,6 @@ from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError
 from lightning_knnmt.datastore.encoder import ShardWriter
 from lightning_knnmt.datastore.files import PartialFile
 from lightning_knnmt.datastore.manifest import BUILDING
-from lightning_knnmt.datastore.mapped_keys import MappedKeys
 from lightning_knnmt.datastore.ranks import Processes
 from lightning_knnmt.datastore.verify import verify
 from lightning_knnmt.index import IndexConfig, build_index
@@ -106,15 +105,15 @@ def _draw_out(tell: Callable[[str], None]) -> None:
     index_builder._train = drawn_out("train", index_builder._train)
     index_builder.merge = drawn_out("merge", index_builder.merge)
     PartialFile.finish = drawn_out("write", PartialFile.finish)  # type: ignore[method-assign]
-    chunks = MappedKeys.chunks
+    chunks = Datastore.key_chunks
 
-    def slow_chunks(stored: MappedKeys, entries: range, chunk: int) -> Any:
-        for keys in chunks(stored, entries, chunk):
+    def slow_chunks(store: Datastore, chunk: int, entries: range | None = None) -> Any:
+        for keys in chunks(store, chunk, entries):
             tell("add")
             yield keys
             time.sleep(PAUSE)
 
-    MappedKeys.chunks = slow_chunks  # type: ignore[method-assign, assignment]
+    Datastore.key_chunks = slow_chunks  # type: ignore[method-assign, assignment]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ import torch
 from lightning_knnmt import dispersion as losses
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.data.datamodule import TranslationDataModule
-from lightning_knnmt.data.readers import CorpusFile, read_pairs
+from lightning_knnmt.data.readers import CorpusFile
+from lightning_knnmt.data.splits import read_split
 from lightning_knnmt.datastore import Datastore, DatastoreConfig, build_datastore
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.report import table
@@ -128,7 +129,7 @@ def score_store(variant: Variant, folder: Path, options: argparse.Namespace) -> 
     """Build a variant's datastore and translate with it."""
     backbone = Backbone(str(options.model if variant.regulariser is None else folder / "model"))
     build_datastore(backbone, DatastoreConfig(folder / "store", CorpusFile(options.data / "train.jsonl")))
-    test, validation = (list(read_pairs(CorpusFile(options.data / f"{part}.jsonl"))) for part in ("test", "validation"))
+    test, validation = (read_split(options.data / f"{part}.jsonl") for part in ("test", "validation"))
     decoding = Decoding(beams=4, batch_size=64, max_new_tokens=options.max_new_tokens)
     with Datastore(folder / "store") as store:
         report = build_index(store, IndexConfig(options.factory))
@@ -207,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
                 once(folder / "scored.json", partial(score_store, variant, folder, options))
     print(trained_table(found(options, "trained.json")))
     if scored := found(options, "scored.json"):
-        references = [pair.tgt for pair in read_pairs(CorpusFile(options.data / "test.jsonl"))]
+        references = [pair.tgt for pair in read_split(options.data / "test.jsonl")]
         print(f"\n{scored_table(scored, references)}")
 
 

@@ -166,14 +166,14 @@ def stop_writing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def spied(monkeypatch: pytest.MonkeyPatch, store: Datastore, config: IndexConfig) -> list[np.ndarray]:
     """Build, and return the keys that were read to be added."""
-    read, chunks = [], MappedKeys.chunks
+    read, chunks = [], Datastore.key_chunks
 
-    def spy(keys: MappedKeys, entries: range, chunk: int) -> Iterator[np.ndarray]:
-        for array in chunks(keys, entries, chunk):
+    def spy(stored: Datastore, chunk: int, entries: range | None = None) -> Iterator[np.ndarray]:
+        for array in chunks(stored, chunk, entries):
             read.append(array)
             yield array
 
-    monkeypatch.setattr(MappedKeys, "chunks", spy)
+    monkeypatch.setattr(Datastore, "key_chunks", spy)
     build_index(store, config)
     return read
 
@@ -262,12 +262,12 @@ def test_an_empty_datastore_has_one_empty_part(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 64, 1000])
-def test_mapped_keys_are_those_of_the_store(tmp_path: Path, chunk: int) -> None:
+def test_mapped_keys_and_keys_of_a_range_are_those_of_the_store(tmp_path: Path, chunk: int) -> None:
     with numbered_store(tmp_path / "numbered", [30, 0, 1, 50, 0]) as store:
         keys = MappedKeys(store)
         everything = np.concatenate(list(store.key_chunks()))
         for entries in (range(81), range(29, 32), range(30, 30), range(31, 81), range(40, 60)):
-            found = [np.empty((0, 2), np.float16), *keys.chunks(entries, chunk)]
+            found = [np.empty((0, 2), np.float16), *store.key_chunks(chunk, entries)]
             assert np.concatenate(found).tolist() == everything[entries.start : entries.stop].tolist()
             assert max(map(len, found)) <= chunk
         rows = np.array([0, 3, 29, 30, 31, 80])

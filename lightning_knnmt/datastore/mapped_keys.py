@@ -1,7 +1,6 @@
 """The keys of a datastore, read at any place."""
 
 import mmap
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -25,7 +24,6 @@ class MappedKeys:
 
     def __init__(self, datastore: Datastore) -> None:
         self.key_size = datastore.key_size
-        self._paths = [datastore.folder / shard.file for shard in datastore.manifest.shards]
         self._shards = datastore.mapped_keys()
         self._starts = np.cumsum([0, *map(len, self._shards)])
         self._mapped = [np.zeros(shard.nbytes // WINDOW + 1, np.bool_) for shard in self._shards]  # [window -> mapped?]
@@ -61,19 +59,3 @@ class MappedKeys:
             mapped[:] = False
             if len(shard) and hasattr(mmap, "MADV_DONTNEED"):
                 shard._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
-
-    def chunks(self, entries: range, chunk: int) -> Iterator[NDArray[np.float16]]:
-        """The keys of entries that follow each other, in arrays of shape (up to `chunk`, D).
-
-        They are read from files that must still be there, as they are for whoever writes to the datastore.
-
-        Args:
-            entries: Their numbers.
-            chunk: Most keys of an array.
-        """
-        for start, path, shard in zip(self._starts, self._paths, self._shards, strict=False):
-            for first in range(max(entries.start, start), min(entries.stop, start + len(shard)), chunk):
-                rows = min(chunk, entries.stop - first, start + len(shard) - first)
-                offset = shard.offset + shard[0].nbytes * int(first - start)  # type: ignore[attr-defined]
-                content = np.fromfile(path, KEY_DTYPE, rows * self.key_size, offset=offset)
-                yield content.reshape(rows, self.key_size)

@@ -111,12 +111,18 @@ class Datastore:
         """Target-token id of every entry, shape (N,)."""
         return np.concatenate([np.empty(0, np.int32), *(file["values"][:] for file in self._files)])
 
-    def key_chunks(self, chunk: int = 65536) -> Iterator[NDArray[np.float16]]:
-        """All keys in the order of the entries, in arrays of shape (up to `chunk`, D)."""
-        for file in self._files:
-            keys = file["keys"]
-            for start in range(0, len(keys), chunk):
-                yield keys[start : start + chunk]
+    def key_chunks(self, chunk: int = 65536, entries: range | None = None) -> Iterator[NDArray[np.float16]]:
+        """Keys in the order of the entries, in arrays of shape (up to `chunk`, D).
+
+        Args:
+            chunk: Most keys of an array.
+            entries: Whose keys, entries that follow each other; None: all.
+        """
+        wanted = range(len(self)) if entries is None else entries
+        for start, stop, file in zip(self._starts[:-1], self._starts[1:], self._files, strict=True):
+            last = min(stop, wanted.stop)
+            for first in range(max(start, wanted.start), last, chunk):
+                yield file["keys"][first - start : min(first + chunk, last) - start]
 
     def mapped_keys(self) -> list[NDArray[np.float16]]:
         """The keys of each shard, shape (its entries, D), mapped into memory for longer than the datastore is open."""

@@ -16,7 +16,6 @@ from lightning_knnmt.datastore import Datastore, DatastoreError
 from lightning_knnmt.datastore.index_files import description_file, generation_name, index_file, part_file
 from lightning_knnmt.datastore.lock import only_writer
 from lightning_knnmt.datastore.manifest import read_manifest
-from lightning_knnmt.datastore.mapped_keys import MappedKeys
 from lightning_knnmt.datastore.ranks import Ranks
 from lightning_knnmt.functional.clusters import homogeneity, imbalance_factor
 from lightning_knnmt.index.config import IndexConfig, choose_factory
@@ -210,7 +209,6 @@ class IndexBuild:
 
     def _add_parts(self, parts: Parts, trained: Path) -> None:
         """Add the entries of those parts that are this process's to make and not made yet."""
-        keys = MappedKeys(self.datastore)
         for number in range(self.ranks.rank, len(parts.ranges), self.ranks.size):
             entries = parts.ranges[number]
             if parts.finished(number) is not None:
@@ -218,7 +216,7 @@ class IndexBuild:
                 continue
             index = read_index(trained)
             label = f"add part {number + 1} of {len(parts.ranges)}"
-            self.add(index, keys.chunks(entries, self.config.chunk), len(entries), label)
+            self.add(index, self.datastore.key_chunks(self.config.chunk, entries), len(entries), label)
             with self.spans.span("write"):
                 parts.save(number, index)
 

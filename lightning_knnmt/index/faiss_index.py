@@ -1,6 +1,7 @@
 """Nearest-neighbor search in a built index; only this package imports FAISS."""
 
 from pathlib import Path
+from typing import Self
 
 import faiss
 import numpy as np
@@ -56,7 +57,7 @@ class FaissIndex:
         self._searched = parts
 
     @classmethod
-    def load(cls, path: Path, *others: Path, first: int = 0, mmap: bool = False) -> "FaissIndex":
+    def load(cls, path: Path, *others: Path, first: int = 0, mmap: bool = False) -> Self:
         """Read index files.
 
         Args:

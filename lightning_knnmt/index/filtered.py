@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_knnmt.datastore.removed import Removed
-from lightning_knnmt.index.faiss_index import Distances, FaissIndex, Ids, read_index
+from lightning_knnmt.index.faiss_index import Distances, FaissIndex, Ids
 from lightning_knnmt.index.gpu import MOST_ON_GPU
 
 SPARE = 4  # neighbors asked for beyond K at once, for each that is removed on average
@@ -41,7 +41,7 @@ class FilteredIndex(FaissIndex):
             first: Number of the first entry.
             mmap: Leave the entries on the disk, where FAISS can.
         """
-        index = cls(*(read_index(each, mmap) for each in (path, *others)), first=first)
+        index = cls.load(path, *others, first=first, mmap=mmap)
         index.removed = removed
         index._share = len(removed) / total
         return index
@@ -52,9 +52,7 @@ class FilteredIndex(FaissIndex):
         self._check_limit("k", k)
         distances = np.full((len(queries), k), np.inf, np.float32)
         ids = np.full((len(queries), k), -1, np.int64)
-        most = 0 if self._gpus is None else MOST_ON_GPU  # asked of GPUs before the CPU is
         rows, wanted = np.arange(len(queries)), k + math.ceil(SPARE * k * self._share)
-        wanted = min(wanted, most or wanted)
         while True:
             parts = self._searched if wanted <= MOST_ON_GPU else self.parts
             found, entries = self._search(parts, queries[rows], wanted)
@@ -67,4 +65,4 @@ class FilteredIndex(FaissIndex):
             rows = rows[more & gone.any(1)]
             if not len(rows) or wanted >= len(self):
                 return distances, ids
-            wanted = min(2 * wanted, most) if wanted < most else 2 * wanted
+            wanted *= 2

@@ -21,7 +21,6 @@ from lightning_knnmt.datastore.index_files import find_indexes, generation_name,
 from lightning_knnmt.datastore.leftovers import remove_leftovers
 from lightning_knnmt.datastore.lock import only_writer
 from lightning_knnmt.datastore.manifest import BUILDING, finish_building
-from lightning_knnmt.datastore.mapped_keys import MappedKeys
 from lightning_knnmt.datastore.ranks import Ranks
 from lightning_knnmt.index.builder import IndexBuild, plan_training
 from lightning_knnmt.index.factory import check_sample, make_index
@@ -146,7 +145,7 @@ def _extend(store: Datastore, grown: Datastore, name: str, report: IndexReport) 
     folder, before = store.folder, generation_name(name, store.manifest.generation)
     entries = range(len(store), len(grown))
     index = read_index(index_file(folder, before))
-    build.add(index, MappedKeys(grown).chunks(entries, config.chunk), len(entries), f"add to {name}")
+    build.add(index, grown.key_chunks(config.chunk, entries), len(entries), f"add to {name}")
     if report.parts:
         _link(index_file(folder, before), build.path)
         for number in range(len(report.parts)):
