@@ -19,16 +19,20 @@ from typing import Any
 import numpy as np
 
 from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.building.datastore import DatastoreBuild, DatastoreConfig, build_datastore
+from lightning_knnmt.building.index import build_index
+from lightning_knnmt.building.plan import Plan, make_plan, to_text
+from lightning_knnmt.building.removal import remove_documents
+from lightning_knnmt.building.updating import Change, append_pairs, compact
+from lightning_knnmt.building.verify import verify
 from lightning_knnmt.cli import USER_ERROR, log_cut, run_script
-from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError, build_datastore
-from lightning_knnmt.datastore.builder import DatastoreBuild
-from lightning_knnmt.datastore.ranks import Processes, refuse_several_processes
-from lightning_knnmt.datastore.removal import remove_documents
-from lightning_knnmt.datastore.verify import verify
+from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, write_json
-from lightning_knnmt.index import IndexConfig, IndexReport, build_index, open_index
-from lightning_knnmt.index.updating import Change, append_pairs, compact
-from lightning_knnmt.planning import Plan, make_plan, to_text
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.index.report import IndexReport
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.ranks import Processes, refuse_several_processes
 from lightning_knnmt.timing import peak_memory_mb
 
 log = logging.getLogger("lightning_knnmt.build_index")

@@ -14,10 +14,11 @@ from lightning_knnmt.cli import log_cut, run_script
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.datastore import Provenance
-from lightning_knnmt.datastore.files import file_sha256
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.comet import CometScorer, CometUnavailableError
 from lightning_knnmt.evaluation.comparison import Contender, SystemResult, run_systems
+from lightning_knnmt.evaluation.explanation import explain, explanation_lines
+from lightning_knnmt.evaluation.plots import plot_list_sizes
 from lightning_knnmt.evaluation.report import (
     environment,
     markdown_table,
@@ -30,10 +31,9 @@ from lightning_knnmt.evaluation.report import (
 )
 from lightning_knnmt.evaluation.scores import paired_bootstrap
 from lightning_knnmt.evaluation.tuning import Tune, Tuning, check_apart, count_stored, tune
-from lightning_knnmt.explanation import explain, explanation_lines
 from lightning_knnmt.index.config import Device
-from lightning_knnmt.plots import plot_list_sizes
-from lightning_knnmt.search import KnnSearch, KnnSettings, open_search
+from lightning_knnmt.index.memory import KnnSearch, KnnSettings, open_search
+from lightning_knnmt.storage.files import file_sha256
 from lightning_knnmt.timing import peak_memory_mb
 
 log = logging.getLogger("lightning_knnmt.evaluate")

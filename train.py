@@ -2,8 +2,8 @@
 
 from lightning.pytorch.cli import LightningCLI
 
-from lightning_knnmt.data.datamodule import TranslationDataModule
 from lightning_knnmt.training import TranslationModule
+from lightning_knnmt.training.datamodule import TranslationDataModule
 
 
 def main(args: list[str] | None = None) -> None:

@@ -10,10 +10,10 @@ from typing import BinaryIO
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.decoding import Decoding, Translator
-from lightning_knnmt.explanation import explain as explain_translation
-from lightning_knnmt.explanation import explanation_lines
+from lightning_knnmt.evaluation.explanation import explain as explain_translation
+from lightning_knnmt.evaluation.explanation import explanation_lines
 from lightning_knnmt.index.config import Device
-from lightning_knnmt.search import KnnSearch, KnnSettings, open_search
+from lightning_knnmt.index.memory import KnnSearch, KnnSettings, open_search
 
 
 def translate(

@@ -20,9 +20,9 @@ import torch
 from numpy.typing import NDArray
 
 from lightning_knnmt.datastore import Datastore
+from lightning_knnmt.dispersion.functional.directions import directions
 from lightning_knnmt.evaluation.report import table
-from lightning_knnmt.functional.clusters import homogeneity, imbalance_factor
-from lightning_knnmt.functional.dispersion.directions import directions
+from lightning_knnmt.index.balance import homogeneity, imbalance_factor
 from lightning_knnmt.index.factory import make_index
 from lightning_knnmt.index.splitting import split_centroids
 

@@ -28,14 +28,14 @@ import numpy as np
 import torch
 
 from lightning_knnmt.backbone import Backbone, Batch, collate
+from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
+from lightning_knnmt.building.encoder import Item, cut, items_of, write_shard
 from lightning_knnmt.data.batching import token_budget_batches
 from lightning_knnmt.data.boxes import box_batches
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
-from lightning_knnmt.datastore import DatastoreConfig, build_datastore
-from lightning_knnmt.datastore.encoder import Item, cut, items_of, write_shard
-from lightning_knnmt.datastore.files import file_sha256
-from lightning_knnmt.datastore.ranks import Processes, Ranks
 from lightning_knnmt.datastore.shard import ShardWriter
+from lightning_knnmt.storage.files import file_sha256
+from lightning_knnmt.storage.ranks import Processes, Ranks
 
 GOAL = 1.15
 LARGEST_PADDING = 0.05

@@ -34,15 +34,18 @@ from tqdm import tqdm
 
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.backbone.scratch import ModelShape, init_model
+from lightning_knnmt.building import index as index_builder
+from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
+from lightning_knnmt.building.encoder import ShardWriter
+from lightning_knnmt.building.index import build_index
+from lightning_knnmt.building.verify import verify
 from lightning_knnmt.data.readers import CorpusFile
-from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError, Manifest, build_datastore
-from lightning_knnmt.datastore.encoder import ShardWriter
-from lightning_knnmt.datastore.files import PartialFile
+from lightning_knnmt.datastore import Datastore, Manifest
 from lightning_knnmt.datastore.manifest import BUILDING
-from lightning_knnmt.datastore.ranks import Processes
-from lightning_knnmt.datastore.verify import verify
-from lightning_knnmt.index import IndexConfig, build_index
-from lightning_knnmt.index import builder as index_builder
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.files import PartialFile
+from lightning_knnmt.storage.ranks import Processes
 
 STAGES = ("encode", "train", "add", "merge", "write")
 TOGETHER = {"rank 0 of 2": (0,), "rank 1 of 2": (1,), "both of 2": (0, 1)}  # [stage -> ranks that are killed]

@@ -19,18 +19,20 @@ import torch
 
 from lightning_knnmt import dispersion as losses
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.data.datamodule import TranslationDataModule
+from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
+from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.data.splits import read_split
-from lightning_knnmt.datastore import Datastore, DatastoreConfig, build_datastore
+from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.dispersion.functional.directions import directions
 from lightning_knnmt.evaluation.report import table
 from lightning_knnmt.evaluation.scores import corpus_scores, paired_bootstrap
 from lightning_knnmt.evaluation.tuning import Grid, likelihoods, reference_states
-from lightning_knnmt.functional.dispersion.directions import directions
-from lightning_knnmt.index import IndexConfig, build_index
-from lightning_knnmt.search import KnnSearch
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.memory import KnnSearch
 from lightning_knnmt.training import ExportBackbone, IndexHealth, Schedule, TranslationModule
+from lightning_knnmt.training.datamodule import TranslationDataModule
 from lightning_knnmt.training.module import Trainable
 
 REGULARISERS: dict[str, losses.Dispersion] = {

@@ -13,9 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.index import FaissIndex, IndexConfig, IndexReport, build_index, open_index
-from lightning_knnmt.retrieval import DatastoreRetriever
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.faiss_index import FaissIndex
+from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.index.report import IndexReport
+from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever
 
 STATUS = Path("/proc/self/status")
 T = TypeVar("T")

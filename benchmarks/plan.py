@@ -40,9 +40,9 @@ def vars_of(pair: Any) -> dict[str, str]:
 def predict_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict[str, float]:
     """The plan's figures; runs in a process of its own."""
     from lightning_knnmt.backbone import Backbone
-    from lightning_knnmt.datastore import DatastoreConfig
-    from lightning_knnmt.index import IndexConfig
-    from lightning_knnmt.planning import make_plan
+    from lightning_knnmt.building.datastore import DatastoreConfig
+    from lightning_knnmt.building.plan import make_plan
+    from lightning_knnmt.index.config import IndexConfig
 
     start = time.perf_counter()
     datastore = DatastoreConfig(folder, CorpusFile(corpus), shard_entries=options.shard_entries)
@@ -66,9 +66,10 @@ def build_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict[s
     """The same figures of a build; runs in a process of its own."""
     from build_index import build
     from lightning_knnmt.backbone import Backbone
-    from lightning_knnmt.datastore import DatastoreConfig, Manifest
+    from lightning_knnmt.building.datastore import DatastoreConfig
+    from lightning_knnmt.datastore import Manifest
     from lightning_knnmt.evaluation.report import read_build
-    from lightning_knnmt.index import IndexConfig
+    from lightning_knnmt.index.config import IndexConfig
     from lightning_knnmt.timing import peak_memory_mb
 
     datastore = DatastoreConfig(folder, CorpusFile(corpus), shard_entries=options.shard_entries)

@@ -37,20 +37,21 @@ from search_settings import (
 )
 
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.combiners import FixedCombiner
+from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.datastore.index_files import description_file, generation_name, index_file, part_file
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.comparison import run_systems
 from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, system_json, write_json
 from lightning_knnmt.evaluation.tuning import Grid, ReferenceStates, likelihoods, reference_states
-from lightning_knnmt.functional.knn import knn_log_weights
-from lightning_knnmt.index import IndexConfig, build_index, open_index
-from lightning_knnmt.index.config import Layout
-from lightning_knnmt.retrieval import Neighbors
-from lightning_knnmt.search import KnnSearch, KnnSettings
+from lightning_knnmt.index.config import IndexConfig, Layout
+from lightning_knnmt.index.memory import KnnSearch, KnnSettings
+from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.knn.combiners.fixed import FixedCombiner
+from lightning_knnmt.knn.probability import knn_log_weights
+from lightning_knnmt.knn.retrievers.whole_store import Neighbors
+from lightning_knnmt.storage.layout import description_file, generation_name, index_file, part_file
 
 TIES = 4  # exact neighbors for each of k, so that any of those as near as the k-th counts as found
 QUICK = {

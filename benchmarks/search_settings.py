@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.functional.knn import knn_probs
-from lightning_knnmt.index import FaissIndex, choose_factory
-from lightning_knnmt.index.config import choose_nlist
-from lightning_knnmt.retrieval import DatastoreRetriever, Neighbors
+from lightning_knnmt.index.config import choose_factory, choose_nlist
+from lightning_knnmt.index.faiss_index import FaissIndex
+from lightning_knnmt.knn.probability import knn_probs
+from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever, Neighbors
 
 
 @dataclass(frozen=True)

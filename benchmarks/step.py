@@ -18,9 +18,11 @@ import torch
 from stores import make_store
 from torch import Tensor
 
-from lightning_knnmt.combiners import FixedCombiner
-from lightning_knnmt.index import IndexConfig, build_index, open_index
-from lightning_knnmt.retrieval import DatastoreRetriever, Neighbors
+from lightning_knnmt.building.index import build_index
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.knn.combiners.fixed import FixedCombiner
+from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever, Neighbors
 
 GOAL = 1.3
 

@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore, Manifest, Provenance, ShardInfo
-from lightning_knnmt.datastore.files import file_sha256
 from lightning_knnmt.datastore.manifest import FILE_NAME, shard_name
 from lightning_knnmt.datastore.shard import ShardWriter
+from lightning_knnmt.storage.files import file_sha256
 
 CHUNK = 1 << 15
 

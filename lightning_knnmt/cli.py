@@ -11,7 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.data.recipes import FetchError
-from lightning_knnmt.datastore import DatastoreError
+from lightning_knnmt.storage.errors import DatastoreError
 
 log = logging.getLogger(__name__)
 

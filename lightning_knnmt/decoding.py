@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_knnmt.backbone import Backbone, Batch
-from lightning_knnmt.combiners import Combiner
-from lightning_knnmt.retrieval import Retriever
+from lightning_knnmt.knn.combiners.fixed import Combiner
+from lightning_knnmt.knn.retrievers.whole_store import Retriever
 from lightning_knnmt.timing import Spans
 
 

@@ -8,11 +8,14 @@ import numpy as np
 from tiny_stores import build_store, corpus_pairs, write_corpus
 
 from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.building.datastore import DatastoreConfig
+from lightning_knnmt.building.index import build_index
+from lightning_knnmt.building.updating import append_pairs
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.datastore import Datastore, DatastoreConfig
+from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.shard import TEXTS
-from lightning_knnmt.index import IndexConfig, build_index, open_index
-from lightning_knnmt.index.updating import append_pairs
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.opening import open_index
 
 OLD, NEW = corpus_pairs(40), [replace(pair, src=f"neu {pair.src}") for pair in corpus_pairs(15, seed=1)]
 K = 12

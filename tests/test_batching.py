@@ -12,10 +12,10 @@ from torch import Tensor
 from lightning_knnmt.backbone import Batch
 from lightning_knnmt.backbone.scratch import ModelShape, init_model
 from lightning_knnmt.data.batching import TokenBudgetSampler, divisible_batches, token_budget_batches
-from lightning_knnmt.data.datamodule import TokenizedPairs, TranslationDataModule
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.splits import write_splits
 from lightning_knnmt.training import Schedule, TranslationModule
+from lightning_knnmt.training.datamodule import TokenizedPairs, TranslationDataModule
 
 
 def lengths_of(seed: int, items: int = 200, longest: int = 60) -> list[int]:

@@ -18,9 +18,9 @@ from transformers import AutoModelForSeq2SeqLM
 
 import lightning_knnmt.training.index_health as index_health
 from lightning_knnmt.backbone import Backbone, Batch
-from lightning_knnmt.data.datamodule import TranslationDataModule
 from lightning_knnmt.data.splits import write_splits
 from lightning_knnmt.training import ExportBackbone, IndexHealth, Schedule, TranslationModule
+from lightning_knnmt.training.datamodule import TranslationDataModule
 from lightning_knnmt.training.pictures import list_size_histogram
 
 pytestmark = pytest.mark.filterwarnings("ignore:Found .* in eval mode", "ignore:Checkpoint directory .* not empty")

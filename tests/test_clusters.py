@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import homogeneity_score
 
-from lightning_knnmt.functional.clusters import homogeneity, imbalance_factor
+from lightning_knnmt.index.balance import homogeneity, imbalance_factor
 
 
 @pytest.mark.parametrize("nlist", [2, 7, 64])

@@ -14,14 +14,15 @@ import torch
 from tiny_stores import build_store, corpus_pairs
 
 from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.decoding import Decoding, Translations, Translator
 from lightning_knnmt.evaluation.comparison import SystemResult, run_systems
+from lightning_knnmt.evaluation.plots import plot_list_sizes
 from lightning_knnmt.evaluation.report import environment, markdown_table, system_json, table, write_json
 from lightning_knnmt.evaluation.scores import Score, paired_bootstrap
-from lightning_knnmt.index import IndexConfig, build_index
-from lightning_knnmt.plots import plot_list_sizes
-from lightning_knnmt.search import KnnSearch, KnnSettings
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.memory import KnnSearch, KnnSettings
 from lightning_knnmt.timing import Spans
 
 PAIRS = corpus_pairs(8, seed=5)

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from lightning_knnmt.datastore import DatastoreError, Manifest
-from lightning_knnmt.datastore.lock import only_writer
+from lightning_knnmt.datastore import Manifest
 from lightning_knnmt.datastore.manifest import BUILDING
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.lock import only_writer
 
 resource = pytest.importorskip("resource")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

@@ -12,9 +12,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.data.batching import token_budget_batches
-from lightning_knnmt.datastore import (
-    DatastoreError,
-)
+from lightning_knnmt.storage.errors import DatastoreError
 
 PAIRS = corpus_pairs(23)
 

@@ -12,19 +12,18 @@ from tiny_stores import by_place, corpus_pairs, write_corpus
 from transformers import AutoModelForSeq2SeqLM
 
 from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.building import datastore as builder
+from lightning_knnmt.building import encoder
+from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
+from lightning_knnmt.building.index import build_index
+from lightning_knnmt.building.verify import verify
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, ReadReport
-from lightning_knnmt.datastore import (
-    Datastore,
-    DatastoreConfig,
-    DatastoreError,
-    build_datastore,
-    builder,
-    encoder,
-    lock,
-)
-from lightning_knnmt.datastore.verify import verify
-from lightning_knnmt.index import IndexConfig, build_index, open_index
+from lightning_knnmt.datastore import Datastore
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.storage import lock
+from lightning_knnmt.storage.errors import DatastoreError
 
 PAIRS = corpus_pairs(23)
 

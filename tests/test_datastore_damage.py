@@ -12,15 +12,13 @@ import numpy as np
 import pytest
 from tiny_stores import harm_file, numbered_store
 
+from lightning_knnmt.building.verify import verify
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.datastore import (
-    Datastore,
-    DatastoreError,
-)
-from lightning_knnmt.datastore.files import PartialFile
-from lightning_knnmt.datastore.sealed import write_sealed
+from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.shard import ShardWriter
-from lightning_knnmt.datastore.verify import verify
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.files import PartialFile
+from lightning_knnmt.storage.sealed import write_sealed
 
 
 @pytest.mark.parametrize(

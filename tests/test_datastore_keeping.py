@@ -11,18 +11,13 @@ import torch
 from tiny_stores import by_place, corpus_pairs, harm_file, write_corpus
 
 from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.building import datastore as builder
+from lightning_knnmt.building.datastore import DatastoreBuild, DatastoreConfig, build_datastore
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import MalformedCorpusError
-from lightning_knnmt.datastore import (
-    Datastore,
-    DatastoreConfig,
-    DatastoreError,
-    Manifest,
-    build_datastore,
-    builder,
-)
-from lightning_knnmt.datastore.builder import DatastoreBuild
+from lightning_knnmt.datastore import Datastore, Manifest
 from lightning_knnmt.datastore.manifest import library_versions
+from lightning_knnmt.storage.errors import DatastoreError
 
 PAIRS = corpus_pairs(23)
 

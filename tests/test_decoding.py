@@ -14,11 +14,13 @@ from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
 from lightning_knnmt.backbone import IGNORED, Backbone, Batch
-from lightning_knnmt.combiners import FixedCombiner
+from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding, Translator, knn_decoding
-from lightning_knnmt.index import IndexConfig, build_index, open_index
-from lightning_knnmt.retrieval import DatastoreRetriever, Neighbors
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.knn.combiners.fixed import FixedCombiner
+from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever, Neighbors
 from lightning_knnmt.timing import Spans
 
 STRATEGIES = {

@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from lightning_knnmt import dispersion as modules
-from lightning_knnmt.functional import dispersion as F
+from lightning_knnmt.dispersion import functional as F
 
 Loss = Callable[..., Tensor]
 

@@ -21,11 +21,14 @@ from tqdm import tqdm
 
 import build_index
 from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.data.readers import CorpusFile
-from lightning_knnmt.datastore import DatastoreConfig, DatastoreError, Manifest, build_datastore, ranks
-from lightning_knnmt.datastore.lock import only_writer
+from lightning_knnmt.datastore import Manifest
 from lightning_knnmt.datastore.manifest import BUILDING
-from lightning_knnmt.datastore.ranks import Processes, Ranks
+from lightning_knnmt.storage import ranks
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.lock import only_writer
+from lightning_knnmt.storage.ranks import Processes, Ranks
 
 pytest.importorskip("resource")
 ROOT = Path(__file__).resolve().parents[1]

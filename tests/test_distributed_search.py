@@ -14,10 +14,13 @@ import torch
 from tiny_stores import clumpy_keys, write_store
 from torch import distributed
 
+from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.datastore.ranks import Ranks
-from lightning_knnmt.index import DistributedIndex, IndexConfig, build_index, open_index, open_parts
-from lightning_knnmt.retrieval import DatastoreRetriever
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.distributed import DistributedIndex
+from lightning_knnmt.index.opening import open_index, open_parts
+from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever
+from lightning_knnmt.storage.ranks import Ranks
 
 ENTRIES, KEY_SIZE, K = 900, 16, 10
 KEYS, VALUES = clumpy_keys(ENTRIES, KEY_SIZE)
@@ -41,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_ranks(size: int, work: Callable[..., Any], tmp_path: Path, *args: Any) -> list[Any]:
     """What each process of a group returns; the error of one is a string."""
     context = multiprocessing.get_context("forkserver")  # which imports everything once
-    context.set_forkserver_preload(["lightning_knnmt.index", "lightning_knnmt.retrieval"])
+    context.set_forkserver_preload(["lightning_knnmt.index", "lightning_knnmt.knn.retrievers.whole_store"])
     queue = context.Queue()
     rendezvous = f"file://{tmp_path}/rendezvous"
     processes = [

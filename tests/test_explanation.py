@@ -10,11 +10,12 @@ from tiny_models import ENGLISH, TINY_FAMILIES
 from tiny_stores import build_store, corpus_pairs
 
 from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.building.index import build_index
 from lightning_knnmt.decoding import Decoding
-from lightning_knnmt.explanation import explain, explanation_lines, mark_token
-from lightning_knnmt.index import IndexConfig, build_index
-from lightning_knnmt.retrieval import DatastoreRetriever, Neighbors
-from lightning_knnmt.search import KnnSearch, KnnSettings
+from lightning_knnmt.evaluation.explanation import explain, explanation_lines, mark_token
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.memory import KnnSearch, KnnSettings
+from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever, Neighbors
 
 SETTINGS = KnnSettings(k=4, lambda_=0.6, temperature=8.0, nprobe=1)
 SOURCES = [pair.src for pair in corpus_pairs(4, seed=9)]

@@ -13,17 +13,20 @@ from tiny_models import ENGLISH, GERMAN, TinyFamily
 from tiny_stores import build_store, clumpy_keys, corpus_pairs, write_store
 
 from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding
+from lightning_knnmt.evaluation.explanation import explain
 from lightning_knnmt.evaluation.tuning import Grid, likelihoods, reference_states, tune
-from lightning_knnmt.explanation import explain
-from lightning_knnmt.index import FaissIndex, IndexConfig, IndexReport, build_index, open_index
-from lightning_knnmt.index.faiss_index import read_index
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.faiss_index import FaissIndex, read_index
 from lightning_knnmt.index.gpu import adder, find_gpus, has_gpu_version
 from lightning_knnmt.index.layers import find_ivf, innermost
-from lightning_knnmt.retrieval import DatastoreRetriever
-from lightning_knnmt.search import KnnSearch, KnnSettings
+from lightning_knnmt.index.memory import KnnSearch, KnnSettings
+from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.index.report import IndexReport
+from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

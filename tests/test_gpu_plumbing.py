@@ -19,15 +19,18 @@ import numpy as np
 import pytest
 from tiny_stores import clumpy_keys, write_store
 
+from lightning_knnmt.building.index import IndexBuild, build_index, plan_training
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.datastore.ranks import Ranks
 from lightning_knnmt.datastore.removed import Removed
-from lightning_knnmt.index import FaissIndex, IndexConfig, build_index, gpu, open_index, open_parts
-from lightning_knnmt.index.builder import IndexBuild, plan_training
+from lightning_knnmt.index import gpu
+from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.factory import make_index, refusing
+from lightning_knnmt.index.faiss_index import FaissIndex
 from lightning_knnmt.index.gpu import Gpus, adder, assigning, find_gpus, has_gpu_version
 from lightning_knnmt.index.layers import find_ivf, innermost
+from lightning_knnmt.index.opening import open_index, open_parts
 from lightning_knnmt.index.splitting import give_centroids
+from lightning_knnmt.storage.ranks import Ranks
 
 ENTRIES, KEY_SIZE, K = 900, 16, 10
 KEYS, VALUES = clumpy_keys(ENTRIES, KEY_SIZE)
@@ -282,7 +285,7 @@ def test_an_index_is_kept_though_the_gpu_it_was_built_on_is_gone(store: Datastor
 def test_each_of_several_processes_adds_with_one_gpu(store: Datastore, gpus: OnCpu, monkeypatch) -> None:
     used = []
     monkeypatch.setattr(
-        "lightning_knnmt.index.builder.adder", lambda index, gpus: used.append(gpus) or adder(index, None)
+        "lightning_knnmt.building.index.adder", lambda index, gpus: used.append(gpus) or adder(index, None)
     )
     config = IndexConfig("IVF8,SQ8")
     index = copy_of("IVF8,SQ8")
@@ -309,8 +312,8 @@ def test_what_training_reserves_on_gpus_is_free_once_keys_are_added(
         alive.append([each() is gpus for each in found])
         return adder(index, gpus)
 
-    monkeypatch.setattr("lightning_knnmt.index.builder.find_gpus", find)
-    monkeypatch.setattr("lightning_knnmt.index.builder.adder", add)
+    monkeypatch.setattr("lightning_knnmt.building.index.find_gpus", find)
+    monkeypatch.setattr("lightning_knnmt.building.index.adder", add)
     build_index(store, IndexConfig("IVF8,SQ8", layout="shards", part_entries=250))
     assert alive == 3 * [[False, False, True]]
 

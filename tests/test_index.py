@@ -14,9 +14,14 @@ import torch
 from sklearn.metrics import homogeneity_score
 from tiny_stores import clumpy_keys, write_store
 
-from lightning_knnmt.datastore import Datastore, DatastoreError
-from lightning_knnmt.index import FaissIndex, IndexConfig, IndexReport, build_index, choose_factory, open_index
-from lightning_knnmt.retrieval import DatastoreRetriever
+from lightning_knnmt.building.index import build_index
+from lightning_knnmt.datastore import Datastore
+from lightning_knnmt.index.config import IndexConfig, choose_factory
+from lightning_knnmt.index.faiss_index import FaissIndex
+from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.index.report import IndexReport
+from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever
+from lightning_knnmt.storage.errors import DatastoreError
 
 ENTRIES, KEY_SIZE = 900, 16
 KEYS, VALUES = clumpy_keys(ENTRIES, KEY_SIZE)

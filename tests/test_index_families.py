@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 from tiny_stores import clumpy_keys, write_store
 
+from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.index import FaissIndex, IndexConfig, build_index, choose_factory, open_index
+from lightning_knnmt.index.config import IndexConfig, choose_factory
+from lightning_knnmt.index.faiss_index import FaissIndex
+from lightning_knnmt.index.opening import open_index
 
 ENTRIES, KEY_SIZE, K = 900, 16, 10
 KEYS, VALUES = clumpy_keys(ENTRIES, KEY_SIZE)

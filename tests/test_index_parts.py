@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 from tiny_stores import clumpy_keys, harm_file, numbered_store, write_store
 
-from lightning_knnmt.datastore import Datastore, DatastoreError
+from lightning_knnmt.building import index as builder
+from lightning_knnmt.building.index import build_index
+from lightning_knnmt.building.verify import verify
+from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.mapped_keys import MappedKeys
-from lightning_knnmt.datastore.verify import verify
-from lightning_knnmt.index import FaissIndex, IndexConfig, build_index, builder, open_index, open_parts
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.faiss_index import FaissIndex
+from lightning_knnmt.index.opening import open_index, open_parts
+from lightning_knnmt.storage.errors import DatastoreError
 
 ENTRIES, KEY_SIZE, K = 900, 16, 10
 SIZES = [200, 150, 1, 0, 249, 300]
@@ -152,7 +157,7 @@ def test_a_build_that_is_stopped_continues_after_the_last_whole_part(
 
 def stop_writing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """Interrupt the process before it writes a file."""
-    from lightning_knnmt.datastore import files as files_module
+    from lightning_knnmt.storage import files as files_module
 
     real = files_module.PartialFile.finish
 
@@ -233,7 +238,7 @@ def test_another_layout_is_another_index(store: Datastore) -> None:
 
 def test_a_description_of_too_few_parts_is_refused(store: Datastore) -> None:
     build_index(store, SHARDS)
-    from lightning_knnmt.datastore.sealed import read_sealed, write_sealed
+    from lightning_knnmt.storage.sealed import read_sealed, write_sealed
 
     content = read_sealed(store.folder / "index.json")
     write_sealed(store.folder / "index.json", content | {"parts": content["parts"][:2]})
@@ -288,7 +293,7 @@ def test_options_of_parts_are_checked(options: dict[str, object], message: str) 
 
 
 def test_an_index_described_before_there_were_parts_still_opens(store: Datastore) -> None:
-    from lightning_knnmt.datastore.sealed import read_sealed, write_sealed
+    from lightning_knnmt.storage.sealed import read_sealed, write_sealed
 
     report = build_index(store, IndexConfig("Flat"))
     content = read_sealed(store.folder / "index.json")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_knnmt.combiners import FixedCombiner
-from lightning_knnmt.functional.knn import knn_log_weights, knn_probs, mix_logits, neighbor_log_probs
-from lightning_knnmt.retrieval import Neighbors
+from lightning_knnmt.knn.combiners.fixed import FixedCombiner
+from lightning_knnmt.knn.probability import knn_log_weights, knn_probs, mix_logits, neighbor_log_probs
+from lightning_knnmt.knn.retrievers.whole_store import Neighbors
 
 ROWS, NEIGHBORS, VOCABULARY = 9, 12, 37
 

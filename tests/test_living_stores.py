@@ -15,16 +15,19 @@ from tiny_stores import build_store, by_place, harm_file, write_corpus
 
 import build_index as script
 from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.building.datastore import build_datastore
+from lightning_knnmt.building.index import build_index
+from lightning_knnmt.building.removal import remove_documents
+from lightning_knnmt.building.updating import append_pairs, compact
+from lightning_knnmt.building.verify import verify
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.datastore import Datastore, DatastoreError, Manifest, build_datastore
+from lightning_knnmt.datastore import Datastore, Manifest
 from lightning_knnmt.datastore.manifest import BUILDING
 from lightning_knnmt.datastore.mapped_keys import MappedKeys
-from lightning_knnmt.datastore.removal import remove_documents
-from lightning_knnmt.datastore.verify import verify
-from lightning_knnmt.index import IndexConfig, build_index, open_index, open_parts
-from lightning_knnmt.index.opening import read_report
-from lightning_knnmt.index.updating import append_pairs, compact
-from lightning_knnmt.search import open_search
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.memory import open_search
+from lightning_knnmt.index.opening import open_index, open_parts, read_report
+from lightning_knnmt.storage.errors import DatastoreError
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,13 @@ from sklearn.metrics import homogeneity_score
 from tiny_stores import clumpy_keys
 
 from lightning_knnmt.index.clustering import assign_to_lists
-from lightning_knnmt.metrics import Homogeneity, ImbalanceFactor, KeySample, MeanResultantLength, SphericalVariance
+from lightning_knnmt.training.metrics import (
+    Homogeneity,
+    ImbalanceFactor,
+    KeySample,
+    MeanResultantLength,
+    SphericalVariance,
+)
 
 KEYS, TOKENS = clumpy_keys(700, 16)
 NLIST = 12

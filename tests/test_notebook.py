@@ -10,10 +10,9 @@ import pytest
 import torch
 from tiny_stores import clumpy_keys, write_store
 
+from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.functional.clusters import imbalance_factor
-from lightning_knnmt.index import IndexConfig, build_index, open_index
-from lightning_knnmt.plots import (
+from lightning_knnmt.evaluation.plots import (
     StoreSample,
     angle_figure,
     codes_scanned,
@@ -21,6 +20,9 @@ from lightning_knnmt.plots import (
     sample_store,
     search_cost_figure,
 )
+from lightning_knnmt.index.balance import imbalance_factor
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.opening import open_index
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "cluster_sizes.ipynb"

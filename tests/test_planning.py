@@ -9,15 +9,16 @@ from tiny_stores import corpus_pairs, write_corpus
 
 from build_index import plan
 from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
+from lightning_knnmt.building.index import build_index
+from lightning_knnmt.building.plan import Plan, make_plan, to_text
+from lightning_knnmt.building.plan.encoding import EncodingRates, sample_pairs
+from lightning_knnmt.building.plan.indexing import IndexRates, kmeans_work, measure_index, training_rates
+from lightning_knnmt.building.plan.prediction import Size, predict
 from lightning_knnmt.data.readers import CorpusFile
-from lightning_knnmt.datastore import Datastore, DatastoreConfig, build_datastore
-from lightning_knnmt.datastore.ranks import Processes
-from lightning_knnmt.index import IndexConfig, build_index, choose_factory
-from lightning_knnmt.index.config import Layout
-from lightning_knnmt.planning import Plan, make_plan, to_text
-from lightning_knnmt.planning.encoding import EncodingRates, sample_pairs
-from lightning_knnmt.planning.indexing import IndexRates, kmeans_work, measure_index, training_rates
-from lightning_knnmt.planning.prediction import Size, predict
+from lightning_knnmt.datastore import Datastore
+from lightning_knnmt.index.config import IndexConfig, Layout, choose_factory
+from lightning_knnmt.storage.ranks import Processes
 
 ENCODING = EncodingRates(
     pairs=50_000, entries=20, entries_error=0, read=1e-6, tokenize=1e-5, encode=1e-3, text_bytes=15, held_bytes=100,
@@ -169,7 +170,7 @@ def test_more_lists_than_are_measured_take_room(
     build_datastore(backbone, config)
     index = IndexConfig("IVF256,PQ4x4fs,Refine(SQfp16)", train_points=1000, overwrite=True)
     with Datastore(config.folder) as store:
-        monkeypatch.setattr("lightning_knnmt.planning.indexing.WORK", 1e6)
+        monkeypatch.setattr("lightning_knnmt.building.plan.indexing.WORK", 1e6)
         rates = measure_index(store, index, len(store))
         build_index(store, index)
         predicted = rates.empty_bytes + len(store) * (rates.list_bytes + rates.array_bytes)

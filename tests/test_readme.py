@@ -15,7 +15,7 @@ from script_parsers import ROOT, SCRIPTS, parse
 import evaluate
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.decoding import Decoding
-from lightning_knnmt.search import KnnSettings
+from lightning_knnmt.index.memory import KnnSettings
 
 PAGES = [ROOT / "README.md", ROOT / "docs" / "dispersion.md", ROOT / "docs" / "indexes.md"]
 PYTHON = re.compile(r"(.*/)?python3?")

@@ -7,12 +7,15 @@ import numpy as np
 import pytest
 from tiny_stores import harm_file, numbered_store
 
-from lightning_knnmt.datastore import Datastore, DatastoreError
-from lightning_knnmt.datastore.files import file_sha256
+from lightning_knnmt.building.index import build_index
+from lightning_knnmt.building.verify import verify
+from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.removed import Removed
-from lightning_knnmt.datastore.sealed import read_sealed, write_sealed
-from lightning_knnmt.datastore.verify import verify
-from lightning_knnmt.index import IndexConfig, build_index, open_index
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.files import file_sha256
+from lightning_knnmt.storage.sealed import read_sealed, write_sealed
 
 
 @pytest.fixture

@@ -8,12 +8,14 @@ import pytest
 import torch
 from tiny_stores import clumpy_keys, write_store
 
+from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.mapped_keys import MappedKeys
-from lightning_knnmt.index import IndexConfig, build_index, open_index
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.memory import KnnSettings
+from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.index.rescoring import rescore
-from lightning_knnmt.retrieval import DatastoreRetriever
-from lightning_knnmt.search import KnnSettings
+from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever
 
 ENTRIES, KEY_SIZE, K = 900, 16, 10
 KEYS, VALUES = clumpy_keys(ENTRIES, KEY_SIZE)

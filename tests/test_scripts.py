@@ -16,9 +16,9 @@ import evaluate
 import init_model
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.cli import run_script
-from lightning_knnmt.datastore.files import file_sha256
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.scores import corpus_scores
+from lightning_knnmt.storage.files import file_sha256
 
 
 def test_a_memorised_domain_makes_knn_better_than_a_random_model(domain: Domain):

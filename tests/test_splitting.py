@@ -8,10 +8,13 @@ import pytest
 import torch
 from tiny_stores import write_store
 
-from lightning_knnmt.datastore import Datastore, DatastoreError
-from lightning_knnmt.functional.clusters import imbalance_factor
-from lightning_knnmt.index import IndexConfig, build_index, open_index
+from lightning_knnmt.building.index import build_index
+from lightning_knnmt.datastore import Datastore
+from lightning_knnmt.index.balance import imbalance_factor
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.index.splitting import split_centroids
+from lightning_knnmt.storage.errors import DatastoreError
 
 
 def clumped_keys(seed: int = 0) -> np.ndarray:

@@ -13,14 +13,17 @@ from living_stores import FACTORIES, NEW, OLD, appending, contents, found, make_
 from tiny_stores import harm_file
 
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.datastore import Datastore, DatastoreConfig, DatastoreError, Manifest
-from lightning_knnmt.datastore.files import PartialFile
-from lightning_knnmt.datastore.lock import only_writer
+from lightning_knnmt.building import updating
+from lightning_knnmt.building.datastore import DatastoreConfig
+from lightning_knnmt.building.removal import remove_documents
+from lightning_knnmt.building.updating import append_pairs, compact
+from lightning_knnmt.building.verify import verify
+from lightning_knnmt.datastore import Datastore, Manifest
 from lightning_knnmt.datastore.manifest import BUILDING
-from lightning_knnmt.datastore.removal import remove_documents
-from lightning_knnmt.datastore.verify import verify
-from lightning_knnmt.index import open_index, updating
-from lightning_knnmt.index.updating import append_pairs, compact
+from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.files import PartialFile
+from lightning_knnmt.storage.lock import only_writer
 
 
 @pytest.fixture(scope="module")

@@ -13,15 +13,20 @@ import torch
 from tiny_stores import build_store, corpus_pairs, harm_file, write_corpus
 
 from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.building import verify as datastore_verify
+from lightning_knnmt.building.datastore import DatastoreConfig
+from lightning_knnmt.building.index import build_index
+from lightning_knnmt.building.removal import remove_documents
+from lightning_knnmt.building.updating import append_pairs, compact
+from lightning_knnmt.building.verify import verify
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.datastore import DatastoreConfig, DatastoreError, Manifest, snapshot
+from lightning_knnmt.datastore import Manifest
 from lightning_knnmt.datastore import store as datastore_store
-from lightning_knnmt.datastore import verify as datastore_verify
-from lightning_knnmt.datastore.removal import remove_documents
-from lightning_knnmt.datastore.verify import verify
-from lightning_knnmt.index import IndexConfig, build_index, opening
-from lightning_knnmt.index.updating import append_pairs, compact
-from lightning_knnmt.search import KnnSearch, open_search
+from lightning_knnmt.index import opening
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.memory import KnnSearch, open_search
+from lightning_knnmt.storage import snapshot
+from lightning_knnmt.storage.errors import DatastoreError
 
 PAIRS = corpus_pairs(12)
 ROUNDS = 4

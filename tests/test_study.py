@@ -10,8 +10,8 @@ from tiny_stores import clumpy_keys, corpus_pairs, write_store
 
 from lightning_knnmt.data.splits import write_splits
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.functional.clusters import imbalance_factor
-from lightning_knnmt.index import open_index
+from lightning_knnmt.index.balance import imbalance_factor
+from lightning_knnmt.index.opening import open_index
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 

@@ -16,7 +16,7 @@ from tiny_models import ENGLISH, GERMAN
 import translate
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.decoding import Decoding, Translator
-from lightning_knnmt.search import KnnSettings, open_search
+from lightning_knnmt.index.memory import KnnSettings, open_search
 
 
 class Stdin:

@@ -14,6 +14,7 @@ from tiny_stores import build_store, corpus_pairs
 from transformers import AutoModelForSeq2SeqLM
 
 from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding, Translator
@@ -27,9 +28,9 @@ from lightning_knnmt.evaluation.tuning import (
     reference_states,
     tune,
 )
-from lightning_knnmt.index import IndexConfig, build_index
-from lightning_knnmt.retrieval import DatastoreRetriever, Neighbors
-from lightning_knnmt.search import KnnSearch, KnnSettings
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.memory import KnnSearch, KnnSettings
+from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever, Neighbors
 
 VALIDATION = [Pair(f"7{pair.src}", pair.tgt) for pair in corpus_pairs(9, seed=3)]
 GRID = Grid(k=[1, 3, 8], lambda_=[0.25, 0.8], temperature=[0.5, 20.0], nprobe=[1, 2, 4], finalists=2)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tiny_stores import clumpy_keys, write_store
 
-from lightning_knnmt.datastore.verify import verify
-from lightning_knnmt.index import IndexConfig, build_index
+from lightning_knnmt.building.index import build_index
+from lightning_knnmt.building.verify import verify
+from lightning_knnmt.index.config import IndexConfig
 
 FILES = (
     *("manifest.json", "shard-00000.h5", "shard-00001.h5", "index.faiss", "index.json", "other.faiss", "other.json"),

@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 from tiny_models import ENGLISH, GERMAN
 
 from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile
-from lightning_knnmt.datastore import Datastore, DatastoreConfig, Manifest, Provenance, ShardInfo, build_datastore
-from lightning_knnmt.datastore.files import file_sha256
+from lightning_knnmt.datastore import Datastore, Manifest, Provenance, ShardInfo
 from lightning_knnmt.datastore.shard import ShardWriter
+from lightning_knnmt.storage.files import file_sha256
 
 
 def corpus_pairs(size: int, seed: int = 0) -> list[Pair]:

@@ -1,17 +1,6 @@
-"""Sharded keys and values of a parallel corpus."""
+"""Keys and values of a parallel corpus on the disk, for reading."""
 
-from lightning_knnmt.datastore.builder import DatastoreConfig, build_datastore
-from lightning_knnmt.datastore.errors import DatastoreError
 from lightning_knnmt.datastore.manifest import Manifest, Provenance, ShardInfo
 from lightning_knnmt.datastore.store import Datastore, StoredContext
 
-__all__ = [
-    "Datastore",
-    "DatastoreConfig",
-    "DatastoreError",
-    "Manifest",
-    "Provenance",
-    "ShardInfo",
-    "StoredContext",
-    "build_datastore",
-]
+__all__ = ["Datastore", "Manifest", "Provenance", "ShardInfo", "StoredContext"]

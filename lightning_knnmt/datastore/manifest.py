@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from lightning_knnmt.backbone import Backbone
-from lightning_knnmt.datastore.errors import DatastoreError
-from lightning_knnmt.datastore.files import file_sha256, is_inside, sync_folder
 from lightning_knnmt.datastore.removed import RemovedInfo
-from lightning_knnmt.datastore.sealed import check_types, content_sha256, read_sealed, write_sealed
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.files import file_sha256, is_inside, sync_folder
+from lightning_knnmt.storage.sealed import check_types, content_sha256, read_sealed, write_sealed
 
 FILE_NAME = "manifest.json"
 BUILDING = "building.json"  # a manifest that grows shard by shard; renamed when nothing is missing

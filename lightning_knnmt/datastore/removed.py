@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_knnmt.datastore.errors import DatastoreError
-from lightning_knnmt.datastore.files import file_sha256, is_inside
-from lightning_knnmt.datastore.sealed import check_types, read_sealed, write_sealed
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.files import file_sha256, is_inside
+from lightning_knnmt.storage.sealed import check_types, read_sealed, write_sealed
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.datastore.errors import DatastoreError
-from lightning_knnmt.datastore.files import durable_file, is_inside
 from lightning_knnmt.datastore.manifest import ShardInfo
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.files import durable_file, is_inside
 
 KEY_DTYPE = np.float16
 TEXTS = ("src", "tgt", "document")

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 
 from lightning_knnmt.backbone import Backbone
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.datastore.errors import DatastoreError
 from lightning_knnmt.datastore.manifest import FILE_NAME, Provenance, read_manifest
 from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.datastore.shard import map_keys, open_shard
-from lightning_knnmt.datastore.snapshot import open_together
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.snapshot import open_together
 
 
 @dataclass(frozen=True)

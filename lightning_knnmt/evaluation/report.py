@@ -15,7 +15,7 @@ import torch
 from lightning_knnmt.datastore.manifest import library_versions
 from lightning_knnmt.evaluation.comparison import SystemResult
 from lightning_knnmt.evaluation.scores import PairedBootstrap
-from lightning_knnmt.index import IndexReport
+from lightning_knnmt.index.report import IndexReport
 
 BUILD_FILE = "build.json"  # in a datastore's folder, with the time and memory that building took
 

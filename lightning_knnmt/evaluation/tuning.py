@@ -19,8 +19,8 @@ from lightning_knnmt.data.splits import source_key
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.scores import corpus_scores
-from lightning_knnmt.functional.knn import knn_log_weights
-from lightning_knnmt.search import KnnSearch, KnnSettings
+from lightning_knnmt.index.memory import KnnSearch, KnnSettings
+from lightning_knnmt.knn.probability import knn_log_weights
 
 log = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_knnmt.datastore.files import durable_file, file_sha256
 from lightning_knnmt.index.gpu import MOST_ON_GPU, Gpus
 from lightning_knnmt.index.layers import at_lists, find_ivf, inverted_lists, returns_hamming
+from lightning_knnmt.storage.files import durable_file, file_sha256
 
 __all__ = ["FaissIndex", "find_ivf", "nearest", "read_index", "write_index"]
 

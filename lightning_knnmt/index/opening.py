@@ -2,14 +2,15 @@
 
 import logging
 
-from lightning_knnmt.datastore import Datastore, DatastoreError
-from lightning_knnmt.datastore.index_files import description_file, generation_name, index_file, part_file
+from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.manifest import Manifest
 from lightning_knnmt.index.config import Device
 from lightning_knnmt.index.faiss_index import FaissIndex
 from lightning_knnmt.index.filtered import FilteredIndex
 from lightning_knnmt.index.gpu import Gpus, find_gpus
 from lightning_knnmt.index.report import IndexReport
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.layout import description_file, generation_name, index_file, part_file
 
 log = logging.getLogger(__name__)
 

@@ -3,12 +3,12 @@
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from lightning_knnmt.datastore import DatastoreError
-from lightning_knnmt.datastore.files import file_sha256
-from lightning_knnmt.datastore.index_files import part_file
-from lightning_knnmt.datastore.sealed import check_types, read_sealed, write_sealed
 from lightning_knnmt.index.config import IndexConfig, Layout
 from lightning_knnmt.index.factory import default_train_points
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.files import file_sha256
+from lightning_knnmt.storage.layout import part_file
+from lightning_knnmt.storage.sealed import check_types, read_sealed, write_sealed
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,13 @@ from torch import Tensor
 from lightning_knnmt.backbone import Batch
 from lightning_knnmt.index.clustering import assign_to_lists
 from lightning_knnmt.index.config import choose_nlist
-from lightning_knnmt.metrics import Homogeneity, ImbalanceFactor, KeySample, MeanResultantLength, SphericalVariance
+from lightning_knnmt.training.metrics import (
+    Homogeneity,
+    ImbalanceFactor,
+    KeySample,
+    MeanResultantLength,
+    SphericalVariance,
+)
 from lightning_knnmt.training.pictures import list_size_histogram, log_figure
 
 

@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_knnmt.functional.clusters import imbalance_factor
+from lightning_knnmt.index.balance import imbalance_factor
 
 
 def list_size_histogram(sizes: Tensor, step: int) -> Figure:

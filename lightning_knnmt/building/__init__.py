@@ -1,0 +1,1 @@
+"""What writes a datastore and its indexes: building, appending, removing, compacting, verifying, planning."""

@@ -1,0 +1,133 @@
+"""The teacher-forced pass over the pairs of a shard."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_knnmt.backbone import Backbone, Batch, collate
+from lightning_knnmt.data.boxes import box_batches
+from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.datastore.shard import KEY_DTYPE, ShardWriter
+from lightning_knnmt.storage.errors import DatastoreError
+
+T = TypeVar("T")
+TOKENIZED_AT_ONCE = 1024  # pairs that are held beside those of a shard
+UNWRITTEN = 2  # batches whose keys may wait for the thread that writes
+
+
+@dataclass(frozen=True)
+class Item:
+    """A pair, its number in the corpus and its tokens."""
+
+    number: int
+    pair: Pair
+    src: list[int]
+    tgt: list[int]
+
+
+def items_of(backbone: Backbone, pairs: Iterator[tuple[int, Pair]]) -> Iterator[Item]:
+    """Tokenize numbered pairs in their order, a block at a time."""
+    while rows := list(islice(pairs, TOKENIZED_AT_ONCE)):
+        sources, targets = backbone.tokenize([pair.src for _, pair in rows], [pair.tgt for _, pair in rows])
+        for (number, pair), src, tgt in zip(rows, sources, targets, strict=True):
+            yield Item(number, pair, src, tgt)
+        del rows, sources, targets, pair
+
+
+def cut(items: Iterable[T], entries_of: Callable[[T], int], shard_entries: int) -> Iterator[list[T]]:
+    """Group items in their order into shards, each as full as it can be.
+
+    >>> list(cut(["a", "bb", "cc", "dddddd", "e"], len, shard_entries=4))
+    [['a', 'bb'], ['cc'], ['dddddd'], ['e']]
+    """
+    shard: list[T] = []
+    entries = 0
+    for item in items:
+        if shard and entries + entries_of(item) > shard_entries:
+            yield shard
+            shard, entries = [], 0
+        shard.append(item)
+        entries += entries_of(item)
+    if shard:
+        yield shard
+
+
+def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """The items of an iterator, each of which is made in a thread while the one before it is in use."""
+    end = object()
+    with ThreadPoolExecutor(1, "ahead") as thread:
+        following: Future[T | object] = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield cast(T, item)
+            del item  # or three would be in memory
+
+
+def write_shard(
+    backbone: Backbone,
+    items: list[Item],
+    path: Path,
+    max_tokens: int,
+    max_padding: float,
+    progress: Callable[[int], object],
+) -> None:
+    """Encode the pairs of a shard in batches of similar lengths, the longest first, and write them in that order.
+
+    A thread pads the next batch and another writes the last one, while the model runs. It alone waits for a GPU, where
+    keys are copied from.
+    """
+    entries = sum(len(item.tgt) for item in items)
+    batches = box_batches([len(item.src) for item in items], [len(item.tgt) for item in items], max_tokens, max_padding)
+    padded = one_ahead(_padded([items[number] for number in numbers], backbone.pad_id) for numbers in batches)
+    with (
+        ShardWriter(path, entries, len(items), backbone.key_size) as writer,
+        ThreadPoolExecutor(1, "write") as thread,
+        closing(padded),
+        torch.inference_mode(),
+    ):
+        unwritten: deque[Future[None]] = deque()
+        for rows, batch, tokens in padded:
+            keys = backbone.keys(batch.to(backbone.device, non_blocking=True)).flatten(0, 1)  # [B, T, D] -> [B * T, D]
+            keys = keys[tokens.to(keys.device, non_blocking=True)].to(torch.float16)
+            unwritten.append(thread.submit(_write, writer, rows, keys, keys.isfinite().all()))
+            if len(unwritten) > UNWRITTEN:
+                unwritten.popleft().result()
+            progress(len(rows))
+        for written in unwritten:
+            written.result()
+
+
+def _padded(rows: list[Item], pad_id: int) -> tuple[list[Item], Batch, Tensor]:
+    """A batch, and where its target tokens are, so that a GPU need not be waited for to know how many there are."""
+    batch = collate([row.src for row in rows], [row.tgt for row in rows], pad_id)
+    return rows, batch, batch.target_mask.flatten().nonzero().squeeze(1)
+
+
+def _write(writer: ShardWriter, rows: list[Item], keys: Tensor, finite: Tensor) -> None:
+    if not finite:
+        _refuse_infinite(keys, rows)
+    values = np.fromiter((token for row in rows for token in row.tgt), np.int32, len(keys))
+    writer.append(
+        keys.cpu().numpy().astype(KEY_DTYPE, copy=False), values, [len(row.tgt) for row in rows],
+        [row.pair for row in rows], [row.number for row in rows],
+    )  # fmt: skip
+
+
+def _refuse_infinite(keys: torch.Tensor, rows: list[Item]) -> None:
+    entry = int((~keys.isfinite().all(1)).nonzero()[0])
+    for row in rows:
+        if entry < len(row.tgt):
+            raise DatastoreError(
+                f"a key of pair {row.number} ({row.pair.src[:60]!r}) is NaN or beyond fp16's range (65504); "
+                "use the other key_type, or load the model with dtype: float32 if it overflows by itself"
+            )
+        entry -= len(row.tgt)

@@ -1,0 +1,166 @@
+"""Which stored contexts stand behind each produced token."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lightning_knnmt.datastore import StoredContext
+from lightning_knnmt.decoding import Decoding
+from lightning_knnmt.index.memory import KnnSearch, KnnSettings
+from lightning_knnmt.knn.combiners.fixed import FixedCombiner
+from lightning_knnmt.knn.probability import knn_log_weights
+from lightning_knnmt.timing import Spans
+
+CONTEXT_WIDTH = 60  # characters of a stored target that are shown on either side of the token
+
+
+@dataclass(frozen=True)
+class ExplainedNeighbor:
+    """A stored context behind a token.
+
+    Attributes:
+        context: The sentence pair and the position in its target.
+        marked: The target with the token in brackets, cut to what surrounds it.
+        token: The token that followed in that context.
+        distance: Squared L2 distance of its key.
+        share: Its share of the kNN distribution; the shares of all k neighbors sum to 1.
+    """
+
+    context: StoredContext
+    marked: str
+    token: str
+    distance: float
+    share: float
+
+
+@dataclass(frozen=True)
+class ExplainedToken:
+    """A produced token, and the contexts nearest to the state that predicted it.
+
+    Attributes:
+        token: The token.
+        model_probability: The plain model's probability of it.
+        probability: That of the mixture.
+        neighbors: Nearest first.
+    """
+
+    token: str
+    model_probability: float
+    probability: float
+    neighbors: tuple[ExplainedNeighbor, ...]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A translation, token by token.
+
+    Attributes:
+        text: The translation.
+        tokens: What it was put together from, the end of the sentence included.
+    """
+
+    text: str
+    tokens: tuple[ExplainedToken, ...]
+
+
+@torch.inference_mode()
+def explain(search: KnnSearch, settings: KnnSettings, decoding: Decoding, source: str, shown: int = 3) -> Explanation:
+    """Translate one text and say what each token rests on.
+
+    The produced tokens are teacher-forced once more: the states of that pass are those that decoding saw, so its
+    neighbors are too. The text alone would not do, since a tokenizer may cut it otherwise than decoding produced it.
+
+    Args:
+        search: Model and datastore.
+        settings: k, λ, T and nprobe.
+        decoding: Beam size and length.
+        source: The source text.
+        shown: Neighbors listed for each token.
+
+    Returns:
+        The translation and one entry for each of its tokens.
+    """
+    backbone = search.backbone
+    batch = backbone.batch([source])
+    labels = search.translator(settings, decoding).generate(batch, Spans())[:, 1:]  # [1, 1 + T] -> [1, T]
+    retriever = search.retriever(settings.k, settings.nprobe)
+    retriever.begin(batch)
+    combiner = FixedCombiner(settings.lambda_, settings.temperature)
+    keys, logits = backbone.keys_and_logits(replace(batch, labels=labels))
+    tokens = labels[0]
+    neighbors = retriever.retrieve(keys[0])
+    shares = knn_log_weights(neighbors.distances, settings.temperature).exp()
+    model_probabilities = logits[0].float().softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    probabilities = combiner(logits[0], neighbors).float().softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    return Explanation(
+        text=backbone.tokenizer.decode(tokens, skip_special_tokens=True),
+        tokens=tuple(
+            ExplainedToken(
+                token=piece,
+                model_probability=float(model_probabilities[step]),
+                probability=float(probabilities[step]),
+                neighbors=tuple(
+                    _explained(search, int(entry), float(distance), float(share))
+                    for entry, distance, share in zip(
+                        neighbors.ids[step, :shown],
+                        neighbors.distances[step, :shown],
+                        shares[step, :shown],
+                        strict=True,
+                    )
+                    if entry >= 0
+                ),
+            )
+            for step, piece in enumerate(backbone.tokenizer.convert_ids_to_tokens(tokens.tolist()))
+        ),
+    )
+
+
+def _explained(search: KnnSearch, entry: int, distance: float, share: float) -> ExplainedNeighbor:
+    context = search.datastore.context(entry)
+    ids = search.backbone.tokenize([context.pair.src], [context.pair.tgt])[1][0]
+    marked = mark_token(search.backbone.tokenizer, ids, context.position, CONTEXT_WIDTH)
+    piece = search.backbone.tokenizer.convert_ids_to_tokens(ids[context.position])
+    return ExplainedNeighbor(context, marked, piece, distance, share)
+
+
+def mark_token(tokenizer: Any, ids: list[int], position: int, width: int | None = None) -> str:
+    """A text with one of its tokens in brackets; a token without letters of its own, such as the end, by its name.
+
+    Args:
+        tokenizer: The tokenizer.
+        ids: The text's tokens.
+        position: Which of them to mark, from 0.
+        width: Most characters kept on either side of the token, cut between words; None: all.
+    """
+    before, through, whole = (
+        tokenizer.decode(ids[:end], skip_special_tokens=True) for end in (position, position + 1, len(ids))
+    )
+    name = tokenizer.convert_ids_to_tokens(ids[position])
+    if not (through.startswith(before) and whole.startswith(through)):  # a detokenizer at work, or half a character
+        after = tokenizer.decode(ids[position + 1 :], skip_special_tokens=True)
+        return f"{_end(before.strip(), width)} [{name}] {_beginning(after.strip(), width)}".strip()
+    token, after = through[len(before) :], whole[len(through) :]
+    before, after = _end(before, width), _beginning(after, width)
+    if not token.strip():
+        return f"{before} [{name}] {after.lstrip()}".strip()
+    gap = token[: len(token) - len(token.lstrip())]
+    return f"{before}{gap}[{token.strip()}]{after}"
+
+
+def _beginning(text: str, width: int | None) -> str:
+    return text if width is None or len(text) <= width else f"{text[:width].rpartition(' ')[0]} …"
+
+
+def _end(text: str, width: int | None) -> str:
+    return text if width is None or len(text) <= width else f"… {text[-width:].partition(' ')[2]}"
+
+
+def explanation_lines(explanation: Explanation) -> Iterator[str]:
+    """An explanation as indented text; long sources are cut."""
+    for token in explanation.tokens:
+        yield f"  {token.token}  p={token.probability:.2f} (model alone {token.model_probability:.2f})"
+        for neighbor in token.neighbors:
+            source = _beginning(neighbor.context.pair.src, 2 * CONTEXT_WIDTH)
+            yield f"      {neighbor.share:.2f}  d={neighbor.distance:.1f}  {neighbor.marked}  ⇐  {source}"

@@ -1,0 +1,1 @@
+"""How neighbors change the model's prediction."""

@@ -1,0 +1,1 @@
+"""Where neighbors come from."""

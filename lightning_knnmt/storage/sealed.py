@@ -1,0 +1,75 @@
+"""JSON files that carry a checksum of themselves."""
+
+import hashlib
+import json
+from pathlib import Path
+from types import UnionType
+from typing import Any, get_origin, get_type_hints
+
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.files import durable_file
+
+FORMAT = 2  # version of the layout of a datastore and of what is said of its indexes
+LARGEST = 1 << 28  # bytes; a datastore of a billion entries has a manifest of less than a megabyte
+
+
+def write_sealed(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file with its format and checksum, whole or not at all.
+
+    Raises:
+        DatastoreError: It could not be written.
+    """
+    text = _text(content).encode()
+    if len(text) > LARGEST:
+        raise DatastoreError(f"{path} would have {len(text)} bytes, expected no more than {LARGEST}")
+    with durable_file(path) as file:
+        file.write(text)
+
+
+def content_sha256(content: dict[str, Any]) -> str:
+    """The checksum that a file of this content has."""
+    return hashlib.sha256(_text(content).encode()).hexdigest()
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """The content of such a file, if not a byte of it has changed.
+
+    Raises:
+        DatastoreError: It was written by another version.
+        ValueError: It is damaged.
+    """
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"it has {path.stat().st_size} bytes, expected no more than {LARGEST}")
+    text = path.read_bytes().decode()
+    try:
+        content = json.loads(text)
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds {type(content).__name__}, expected an object")
+        if content.get("format") != FORMAT:
+            raise DatastoreError(f"{path} has format {content.get('format')!r}, expected {FORMAT}; build it again")
+        content.pop("sha256", None)
+        del content["format"]
+        if _text(content) != text:
+            raise ValueError("its checksum does not fit its content")
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return content
+
+
+def check_types(instance: Any) -> None:
+    """Refuse a dataclass of which a field has another type than it should.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    for name, hint in get_type_hints(type(instance)).items():
+        kind = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
+        value = getattr(instance, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} is {str(value)[:40]!r}, expected {getattr(kind, '__name__', kind)}")
+
+
+def _text(content: dict[str, Any]) -> str:
+    content = {"format": FORMAT, **content}
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, "sha256": digest}, indent=2) + "\n"

@@ -1,0 +1,91 @@
+"""Training and validation batches for Lightning."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import lightning as L
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_knnmt.backbone import Batch, collate
+from lightning_knnmt.data.batching import TokenBudgetSampler
+from lightning_knnmt.data.splits import read_split
+from lightning_knnmt.training.resuming import ResumableBatches
+
+if TYPE_CHECKING:
+    from lightning_knnmt.training import TranslationModule
+
+
+class TokenizedPairs(Dataset[tuple[list[int], list[int]]]):
+    """Token ids of a split, in memory.
+
+    Attributes:
+        sources: Source token ids, a list for each pair.
+        targets: Target token ids, a list for each pair.
+    """
+
+    def __init__(self, sources: list[list[int]], targets: list[list[int]]) -> None:
+        self.sources, self.targets = sources, targets
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of the longer side of each pair."""
+        return [max(len(src), len(tgt)) for src, tgt in zip(self.sources, self.targets, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, item: int) -> tuple[list[int], list[int]]:
+        return self.sources[item], self.targets[item]
+
+
+class TranslationDataModule(L.LightningDataModule):
+    """Token-budget batches of a prepared corpus.
+
+    Args:
+        train: Training split, a file written by `prepare_data.py`.
+        validation: Validation split.
+        max_tokens: Most tokens of a training batch on either side, padding counted.
+        validation_max_tokens: The same for validation batches.
+        seed: Seed of the order of training batches.
+    """
+
+    def __init__(
+        self, train: Path, validation: Path, max_tokens: int = 4096, validation_max_tokens: int = 8192, seed: int = 1
+    ) -> None:
+        super().__init__()
+        self.files = {"train": train, "validation": validation}
+        self.max_tokens, self.validation_max_tokens, self.seed = max_tokens, validation_max_tokens, seed
+        self.splits: dict[str, TokenizedPairs] = {}
+
+    def setup(self, stage: str) -> None:
+        """Tokenize what `stage` needs with the tokenizer of the module in training."""
+        assert self.trainer is not None
+        module: TranslationModule = self.trainer.lightning_module  # type: ignore[assignment]
+        backbone = module.backbone
+        for name in ("train", "validation") if stage == "fit" else ("validation",):
+            if name not in self.splits:
+                pairs = read_split(self.files[name])
+                if not pairs:
+                    raise ValueError(f"{name} is {self.files[name]}, which is empty; expected one pair or more")
+                ids = backbone.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])
+                self.splits[name] = TokenizedPairs(ids[0], ids[1])
+        self._pad_id = backbone.pad_id
+
+    def _loader(self, name: str, max_tokens: int, shuffle: bool) -> DataLoader[tuple[list[int], list[int]]]:
+        assert self.trainer is not None
+        split = self.splits[name]
+        sampler = TokenBudgetSampler(
+            split.lengths, max_tokens, shuffle, self.seed, self.trainer.global_rank, self.trainer.world_size
+        )
+        return DataLoader(split, batch_sampler=sampler, collate_fn=self._collate)
+
+    def _collate(self, items: list[tuple[list[int], list[int]]]) -> Batch:
+        return collate([src for src, _ in items], [tgt for _, tgt in items], self._pad_id)
+
+    def train_dataloader(self) -> ResumableBatches:
+        """Shuffled batches of the training split, of which a resumed run sees each once."""
+        return ResumableBatches(self._loader("train", self.max_tokens, shuffle=True))
+
+    def val_dataloader(self) -> DataLoader[tuple[list[int], list[int]]]:
+        """Batches of the validation split, shortest first."""
+        return self._loader("validation", self.validation_max_tokens, shuffle=False)
