@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreBuild, DatastoreConfig, build_datastore
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.building.plan import Plan, make_plan, to_text
@@ -39,7 +39,7 @@ log = logging.getLogger("lightning_knnmt.build_index")
 
 
 def build(
-    backbone: Backbone,
+    backbone: KeyedModel,
     datastore: DatastoreConfig,
     index: IndexConfig = IndexConfig(),
     processes: Processes = Processes(),
@@ -113,7 +113,7 @@ def _log_report(report: IndexReport, spread: dict[str, int] | None) -> None:
 
 
 def plan(
-    backbone: Backbone,
+    backbone: KeyedModel,
     datastore: DatastoreConfig,
     index: IndexConfig = IndexConfig(),
     processes: Processes = Processes(),
@@ -164,7 +164,7 @@ def verify_datastore(folder: Path) -> None:
 
 
 def append(
-    backbone: Backbone,
+    backbone: KeyedModel,
     datastore: DatastoreConfig,
     index: IndexConfig = IndexConfig(),
     processes: Processes = Processes(),

@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.cli import log_cut, run_script
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
@@ -40,7 +41,7 @@ log = logging.getLogger("lightning_knnmt.evaluate")
 
 
 def evaluate(
-    backbone: Backbone,
+    backbone: KeyedModel,
     datastore: Path,
     test: CorpusFile,
     out: Path,
@@ -141,9 +142,9 @@ def evaluate(
     log.info("\n%s\n\n%s\n\nwritten to %s", table, settings_line(results) + note, out / "results.json")
 
 
-def _like(backbone: Backbone, other: Contender) -> Backbone:
+def _like(backbone: KeyedModel, other: Contender) -> KeyedModel:
     """Another model, read in the same way."""
-    return Backbone(
+    return load_model(
         other.model, backbone.key_type, backbone.src_lang, backbone.tgt_lang, _dtype(backbone), str(backbone.device),
         backbone.src_prefix,
     )  # fmt: skip
@@ -181,7 +182,7 @@ def _split_json(corpus: CorpusFile, pairs: Sequence[Pair]) -> dict[str, Any]:
     return asdict(corpus) | {"sentences": len(pairs), "sha256": [file_sha256(path) for path in files]}
 
 
-def _dtype(backbone: Backbone) -> Any:
+def _dtype(backbone: KeyedModel) -> Any:
     return str(backbone.model.dtype).removeprefix("torch.")
 
 
@@ -213,7 +214,7 @@ def _most_improved(systems: dict[str, SystemResult], references: list[str]) -> l
     return sorted(range(len(references)), key=gain, reverse=True)
 
 
-def translate_config(backbone: Backbone, datastore: Path, index: str, knn: KnnSettings, decoding: Decoding) -> str:
+def translate_config(backbone: KeyedModel, datastore: Path, index: str, knn: KnnSettings, decoding: Decoding) -> str:
     """A configuration with which `translate.py` uses the same settings."""
     inputs = {name: getattr(backbone, name) for name in ("src_lang", "tgt_lang", "src_prefix")}
     config = {

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.explanation import explain as explain_translation
@@ -17,7 +17,7 @@ from lightning_knnmt.index.memory import KnnSearch, KnnSettings, open_search
 
 
 def translate(
-    backbone: Backbone,
+    backbone: KeyedModel,
     datastore: Path | None = None,
     index: str = "index",
     knn: KnnSettings = KnnSettings(),

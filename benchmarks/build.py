@@ -27,7 +27,9 @@ import common
 import numpy as np
 import torch
 
-from lightning_knnmt.backbone import Backbone, Batch, collate
+from lightning_knnmt.backbone.batch import Batch, collate
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.building.encoder import Item, cut, items_of, write_shard
 from lightning_knnmt.data.batching import token_budget_batches
@@ -43,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD, FORWARD, ENCODE = "build", "bare forward pass", "encode and write"
 
 
-def make_corpus(options: argparse.Namespace, backbone: Backbone, path: Path) -> CorpusFile:
+def make_corpus(options: argparse.Namespace, backbone: KeyedModel, path: Path) -> CorpusFile:
     """The first pairs of the corpus, or of one of random tokens with lengths as skewed as those of sentences."""
     if options.corpus is not None:
         rows = [{"src": pair.src, "tgt": pair.tgt} for pair in islice(read_pairs(options.corpus), options.pairs)]
@@ -76,7 +78,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Medians of all parts, their ratios, and the settings."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        backbone = Backbone(options.model, device=options.device)
+        backbone = load_model(options.model, device=options.device)
         corpus = make_corpus(options, backbone, root / "corpus.jsonl")
         sizes = {name: getattr(options, name) for name in ("max_tokens", "max_padding", "shard_entries")}
         config = DatastoreConfig(root / "store", corpus, **sizes)
@@ -88,7 +90,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {**result, "settings": settings, **common.environment(backbone.device)}
 
 
-def measure_stages(backbone: Backbone, config: DatastoreConfig, repeats: int) -> dict[str, Any]:
+def measure_stages(backbone: KeyedModel, config: DatastoreConfig, repeats: int) -> dict[str, Any]:
     """A build, its stages, and the bare forward pass, in turn."""
     pairs = list(enumerate(read_pairs(config.corpus)))
     shards = list(cut(items_of(backbone, iter(pairs)), lambda item: len(item.tgt), config.shard_entries))
@@ -160,7 +162,7 @@ def measure_stages(backbone: Backbone, config: DatastoreConfig, repeats: int) ->
     }
 
 
-def build_quietly(backbone: Backbone, config: DatastoreConfig, ranks: Ranks = Ranks()) -> None:
+def build_quietly(backbone: KeyedModel, config: DatastoreConfig, ranks: Ranks = Ranks()) -> None:
     """Build without a progress bar."""
     with redirect_stderr(io.StringIO()):
         build_datastore(backbone, config, ranks)
@@ -171,7 +173,7 @@ def _batches(items: list[Item], config: DatastoreConfig) -> list[list[int]]:
     return box_batches(src, tgt, config.max_tokens, config.max_padding)
 
 
-def _padded(backbone: Backbone, items: list[Item], batches: list[list[int]]) -> list[Batch]:
+def _padded(backbone: KeyedModel, items: list[Item], batches: list[list[int]]) -> list[Batch]:
     return [
         collate([items[row].src for row in rows], [items[row].tgt for row in rows], backbone.pad_id) for rows in batches
     ]
@@ -209,7 +211,7 @@ def build_as(
     """Be one of several processes that build, and tell the seconds of each time."""
     os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     common.set_threads(threads)
-    backbone = Backbone(model)
+    backbone = load_model(model)
     with Processes(devices=size).start(backbone) as ranks:
         for repeat in range(repeats + 1):
             ranks.first(lambda: shutil.rmtree(config.folder, ignore_errors=True))

@@ -32,7 +32,7 @@ from typing import Any
 import common
 from tqdm import tqdm
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.scratch import ModelShape, init_model
 from lightning_knnmt.building import index as index_builder
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
@@ -78,7 +78,7 @@ class Work:
         if stages is not None:
             _draw_out(stages.send)
         config = DatastoreConfig(folder, CorpusFile(self.corpus), max_tokens=200, shard_entries=self.shard_entries)
-        backbone = Backbone(str(self.model), device="cpu")
+        backbone = load_model(str(self.model), device="cpu")
         with processes.start(backbone) as ranks:
             build_datastore(backbone, config, ranks)
             with Datastore(folder) as store:

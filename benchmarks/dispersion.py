@@ -18,7 +18,7 @@ import lightning as L
 import torch
 
 from lightning_knnmt import dispersion as losses
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.readers import CorpusFile
@@ -129,7 +129,7 @@ def score(search: KnnSearch, test: list[Any], validation: list[Any], nprobe: int
 
 def score_store(variant: Variant, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Build a variant's datastore and translate with it."""
-    backbone = Backbone(str(options.model if variant.regulariser is None else folder / "model"))
+    backbone = load_model(str(options.model if variant.regulariser is None else folder / "model"))
     build_datastore(backbone, DatastoreConfig(folder / "store", CorpusFile(options.data / "train.jsonl")))
     test, validation = (read_split(options.data / f"{part}.jsonl") for part in ("test", "validation"))
     decoding = Decoding(beams=4, batch_size=64, max_new_tokens=options.max_new_tokens)

@@ -39,7 +39,7 @@ def vars_of(pair: Any) -> dict[str, str]:
 
 def predict_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict[str, float]:
     """The plan's figures; runs in a process of its own."""
-    from lightning_knnmt.backbone import Backbone
+    from lightning_knnmt.backbone.config import load_model
     from lightning_knnmt.building.datastore import DatastoreConfig
     from lightning_knnmt.building.plan import make_plan
     from lightning_knnmt.index.config import IndexConfig
@@ -47,7 +47,7 @@ def predict_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict
     start = time.perf_counter()
     datastore = DatastoreConfig(folder, CorpusFile(corpus), shard_entries=options.shard_entries)
     index = IndexConfig(options.factory)
-    plan = make_plan(Backbone(options.model, device="cpu"), datastore, index, sample_pairs=options.sample_pairs)
+    plan = make_plan(load_model(options.model, device="cpu"), datastore, index, sample_pairs=options.sample_pairs)
     figures: dict[str, float] = {
         "entries": plan.size.entries,
         "pairs": plan.size.pairs,
@@ -65,7 +65,7 @@ def predict_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict
 def build_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict[str, float]:
     """The same figures of a build; runs in a process of its own."""
     from build_index import build
-    from lightning_knnmt.backbone import Backbone
+    from lightning_knnmt.backbone.config import load_model
     from lightning_knnmt.building.datastore import DatastoreConfig
     from lightning_knnmt.datastore import Manifest
     from lightning_knnmt.evaluation.report import read_build
@@ -73,7 +73,7 @@ def build_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict[s
     from lightning_knnmt.timing import peak_memory_mb
 
     datastore = DatastoreConfig(folder, CorpusFile(corpus), shard_entries=options.shard_entries)
-    backbone = Backbone(options.model, device="cpu")
+    backbone = load_model(options.model, device="cpu")
     start = time.perf_counter()
     build(backbone, datastore, IndexConfig(options.factory))
     seconds = time.perf_counter() - start

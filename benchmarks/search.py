@@ -36,7 +36,8 @@ from search_settings import (
     total_variation,
 )
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
@@ -73,7 +74,7 @@ class Subject:
     """
 
     store: Datastore
-    backbone: Backbone | None
+    backbone: KeyedModel | None
     queries: NDArray[np.float32]
     states: ReferenceStates | None
     exact: Neighbors
@@ -129,7 +130,7 @@ def ask(store: Datastore, model: Path | None, options: argparse.Namespace) -> Su
     if model is None:
         queries = stores.Clumps(options.key_size, seed=options.seed).queries(options.queries)
     else:
-        backbone = Backbone(str(model))
+        backbone = load_model(str(model))
         store.check(backbone)
         states = reference_states(backbone, pairs_of(options.test), 2048)
         rows = np.random.default_rng(options.seed).permutation(len(states.tokens))[: options.queries]

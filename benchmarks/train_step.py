@@ -14,7 +14,7 @@ from typing import Any
 import common
 import torch
 
-from lightning_knnmt.backbone import Batch
+from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.dispersion import Dispersion, SlicedDispersion
 from lightning_knnmt.evaluation.report import table
 from lightning_knnmt.training import Schedule, TranslationModule

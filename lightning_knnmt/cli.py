@@ -9,7 +9,7 @@ from typing import Any
 from jsonargparse import auto_cli
 from transformers.utils import logging as transformers_logging
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.recipes import FetchError
 from lightning_knnmt.storage.errors import DatastoreError
 
@@ -46,7 +46,7 @@ def run_script(function: Callable[..., Any], args: list[str] | None = None) -> N
         sys.exit(USER_ERROR)
 
 
-def log_cut(backbone: Backbone) -> None:
+def log_cut(backbone: KeyedModel) -> None:
     """Say how many texts were longer than the model's positions, if any."""
     if backbone.cut_texts:
         log.warning(

@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.backbone.batch import Batch
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.knn.combiners.fixed import Combiner
 from lightning_knnmt.knn.retrievers.whole_store import Retriever
 from lightning_knnmt.timing import Spans
 
 
 @contextmanager
-def knn_decoding(backbone: Backbone, retriever: Retriever, combiner: Combiner, spans: Spans) -> Iterator[None]:
+def knn_decoding(backbone: KeyedModel, retriever: Retriever, combiner: Combiner, spans: Spans) -> Iterator[None]:
     """Mix neighbors into the logits that the model returns, for every forward pass within the block.
 
     Beam search, sampling, forced tokens and every other option of `generate` act on the mixture, as they would on
@@ -69,8 +70,8 @@ class Translations:
 _UNFIT_OPTIONS = {
     "num_beams": "expected it in beams",
     "max_new_tokens": "expected it in max_new_tokens of decoding itself",
-    "return_dict_in_generate": "expected options that return token ids; call Backbone.generate for scores",
-    "num_return_sequences": "expected one translation of each source; call Backbone.generate for more",
+    "return_dict_in_generate": "expected options that return token ids; call KeyedModel.generate for scores",
+    "num_return_sequences": "expected one translation of each source; call KeyedModel.generate for more",
     "assistant_model": "expected one token at a time, since each needs its own neighbors",
     "prompt_lookup_num_tokens": "expected one token at a time, since each needs its own neighbors",
 }
@@ -116,7 +117,7 @@ class Translator:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: KeyedModel,
         decoding: Decoding,
         retriever: Retriever | None = None,
         combiner: Combiner | None = None,

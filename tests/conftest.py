@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import pytest
 from tiny_models import TINY_FAMILIES, TinyFamily
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 
 if TYPE_CHECKING:
     from script_runs import Domain
@@ -46,9 +47,9 @@ def tiny_folder(tiny_name: str, tiny_folder_of: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_backbone(tiny_folder: Path, tiny_family: TinyFamily) -> Backbone:
+def tiny_backbone(tiny_folder: Path, tiny_family: TinyFamily) -> KeyedModel:
     """A backbone on every tiny model in turn, with decoder outputs as keys; to be left unchanged."""
-    return Backbone(str(tiny_folder), device="cpu", **tiny_family.languages)
+    return load_model(str(tiny_folder), device="cpu", **tiny_family.languages)
 
 
 @pytest.fixture(scope="session")
@@ -58,9 +59,9 @@ def marian_folder(tiny_folder_of: Callable[[str], Path]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def backbone(tiny_folder_of: Callable[[str], Path]) -> Backbone:
+def backbone(tiny_folder_of: Callable[[str], Path]) -> KeyedModel:
     """A backbone on the tiny Marian model, whose keys go into datastores."""
-    return Backbone(str(tiny_folder_of("marian")), device="cpu")
+    return load_model(str(tiny_folder_of("marian")), device="cpu")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from tiny_stores import build_store, corpus_pairs, write_corpus
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreConfig
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.building.updating import append_pairs
@@ -28,7 +28,7 @@ FACTORIES = {
 }
 
 
-def make_built(backbone: Backbone, folder: Path) -> Path:
+def make_built(backbone: KeyedModel, folder: Path) -> Path:
     """A store of the old pairs with an index of every family."""
     with build_store(backbone, folder, OLD, shard_entries=60) as store:
         for name, config in FACTORIES.items():
@@ -36,7 +36,7 @@ def make_built(backbone: Backbone, folder: Path) -> Path:
     return folder
 
 
-def make_grown(backbone: Backbone, built: Path, folder: Path) -> Path:
+def make_grown(backbone: KeyedModel, built: Path, folder: Path) -> Path:
     """A copy of it with the new pairs appended."""
     shutil.copytree(built, folder)
     change = append_pairs(backbone, appending(folder))

@@ -16,14 +16,16 @@ from tiny_models import ENGLISH, GERMAN, POSITIONS, TINY_FAMILIES, TinyFamily
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM, GPT2Config
 
-from lightning_knnmt.backbone import IGNORED, Backbone, Batch
+from lightning_knnmt.backbone.batch import IGNORED, Batch
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 
 ROOT = Path(__file__).parents[1]
 FolderOf = Callable[[str], Path]
 KEY_TYPES = ["decoder_output", "ffn_input"]
 
 
-def decode_with_keys(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
+def decode_with_keys(backbone: KeyedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     """Greedy search with cache: the sequences (B, 1 + T) and the keys of every step (B, T, D)."""
     steps = []
     with backbone.tap() as tap:
@@ -36,7 +38,7 @@ def decode_with_keys(backbone: Backbone, batch: Batch) -> tuple[Tensor, Tensor]:
     return sequences, torch.stack(steps, dim=1)
 
 
-def labels_of(backbone: Backbone, sequences: Tensor) -> Tensor:
+def labels_of(backbone: KeyedModel, sequences: Tensor) -> Tensor:
     """Generated tokens (B, T) as labels of different lengths: row i loses i tokens and what follows its end."""
     labels = sequences[:, 1:].clone()
     for row, tokens in enumerate(labels):
@@ -48,7 +50,7 @@ def labels_of(backbone: Backbone, sequences: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
 def test_teacher_forced_keys_are_the_keys_of_decoding(tiny_folder: Path, tiny_family: TinyFamily, key_type):
-    backbone = Backbone(str(tiny_folder), key_type=key_type, device="cpu", **tiny_family.languages)
+    backbone = load_model(str(tiny_folder), key_type=key_type, device="cpu", **tiny_family.languages)
     batch = backbone.batch(GERMAN)
     assert not batch.attention_mask.bool().all(), "sources differ in length"
     sequences, decoded = decode_with_keys(backbone, batch)
@@ -62,13 +64,13 @@ def test_teacher_forced_keys_are_the_keys_of_decoding(tiny_folder: Path, tiny_fa
     assert decoded.diff(dim=1).abs().amax(-1).median() > 1e-2, "a shift by one step would show"
 
 
-def test_tiny_models_translate_differently_at_every_step_and_sentence(tiny_backbone: Backbone):
+def test_tiny_models_translate_differently_at_every_step_and_sentence(tiny_backbone: KeyedModel):
     sequences = tiny_backbone.generate(tiny_backbone.batch(GERMAN))[:, 2:-1]
     assert min(len(row.unique()) for row in sequences) > 1
     assert len(sequences.unique(dim=0)) > 2
 
 
-def test_a_sentence_has_the_same_keys_alone_and_in_a_padded_batch(tiny_backbone: Backbone):
+def test_a_sentence_has_the_same_keys_alone_and_in_a_padded_batch(tiny_backbone: KeyedModel):
     batch = tiny_backbone.batch(GERMAN, ENGLISH)
     with torch.inference_mode():
         together = tiny_backbone.keys(batch)
@@ -77,7 +79,7 @@ def test_a_sentence_has_the_same_keys_alone_and_in_a_padded_batch(tiny_backbone:
             torch.testing.assert_close(together[row, : len(alone)], alone, rtol=1e-4, atol=2e-5)
 
 
-def test_project_of_decoder_outputs_is_the_models_own_logits(tiny_backbone: Backbone):
+def test_project_of_decoder_outputs_is_the_models_own_logits(tiny_backbone: KeyedModel):
     batch = tiny_backbone.batch(GERMAN, ENGLISH)
     with torch.inference_mode():
         keys, logits = tiny_backbone.keys_and_logits(batch)
@@ -86,7 +88,7 @@ def test_project_of_decoder_outputs_is_the_models_own_logits(tiny_backbone: Back
         torch.testing.assert_close(tiny_backbone.keys(batch), keys)
 
 
-def test_logits_are_those_of_hugging_face_with_labels(tiny_backbone: Backbone):
+def test_logits_are_those_of_hugging_face_with_labels(tiny_backbone: KeyedModel):
     batch = tiny_backbone.batch(GERMAN, ENGLISH)
     with torch.inference_mode():
         ours = tiny_backbone.keys_and_logits(batch)[1]
@@ -104,7 +106,7 @@ def test_logits_are_those_of_hugging_face_with_labels(tiny_backbone: Backbone):
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generate_is_plain_generate_with_the_language_set_by_hand(
-    tiny_backbone: Backbone, tiny_folder: Path, tiny_family: TinyFamily, beams: int
+    tiny_backbone: KeyedModel, tiny_folder: Path, tiny_family: TinyFamily, beams: int
 ):
     model = AutoModelForSeq2SeqLM.from_pretrained(tiny_folder).eval()
     batch = tiny_backbone.batch(GERMAN)
@@ -123,8 +125,8 @@ def test_generate_is_plain_generate_with_the_language_set_by_hand(
 @pytest.mark.parametrize("name", [name for name, family in TINY_FAMILIES.items() if family.languages])
 def test_languages_mark_sources_and_targets(tiny_folder_of: FolderOf, name: str):
     family, folder = TINY_FAMILIES[name], str(tiny_folder_of(name))
-    backbone = Backbone(folder, src_lang=family.src_lang, tgt_lang=family.tgt_lang, device="cpu")
-    swapped = Backbone(folder, src_lang=family.tgt_lang, tgt_lang=family.src_lang, device="cpu")
+    backbone = load_model(folder, src_lang=family.src_lang, tgt_lang=family.tgt_lang, device="cpu")
+    swapped = load_model(folder, src_lang=family.tgt_lang, tgt_lang=family.src_lang, device="cpu")
     sources, targets = backbone.tokenize(GERMAN, GERMAN)
     assert swapped.tokenize(GERMAN, GERMAN) == (targets, sources)
     (option, token), at = *family.by_hand.items(), -1 if name == "mbart25" else 0
@@ -135,7 +137,7 @@ def test_languages_mark_sources_and_targets(tiny_folder_of: FolderOf, name: str)
 
 
 def test_fsmt_targets_are_read_with_the_target_vocabulary(tiny_folder_of: FolderOf, tmp_path: Path):
-    backbone = Backbone(str(tiny_folder_of("fsmt")), device="cpu")
+    backbone = load_model(str(tiny_folder_of("fsmt")), device="cpu")
     for _ in range(2):  # the second round starts from what the first left behind
         (source,), (target,) = backbone.tokenize(["Datei"], ["Choose a file"])
         vocabulary = json.loads((tiny_folder_of("fsmt") / "vocab-tgt.json").read_text())
@@ -143,12 +145,12 @@ def test_fsmt_targets_are_read_with_the_target_vocabulary(tiny_folder_of: Folder
         assert source[0] == json.loads((tiny_folder_of("fsmt") / "vocab-src.json").read_text())["D"]
         assert backbone.tokenizer.decode(target, skip_special_tokens=True) == "Choose a file"
     backbone.save(tmp_path / "saved")
-    assert Backbone(str(tmp_path / "saved"), device="cpu").tokenizer_fingerprint == backbone.tokenizer_fingerprint
+    assert load_model(str(tmp_path / "saved"), device="cpu").tokenizer_fingerprint == backbone.tokenizer_fingerprint
 
 
-def test_a_saved_backbone_is_the_same_backbone(tiny_backbone: Backbone, tiny_family: TinyFamily, tmp_path: Path):
+def test_a_saved_backbone_is_the_same_backbone(tiny_backbone: KeyedModel, tiny_family: TinyFamily, tmp_path: Path):
     tiny_backbone.save(tmp_path)
-    again = Backbone(str(tmp_path), device="cpu", **tiny_family.languages)
+    again = load_model(str(tmp_path), device="cpu", **tiny_family.languages)
     batch = tiny_backbone.batch(GERMAN, ENGLISH)
     assert torch.equal(again.batch(GERMAN, ENGLISH).labels, batch.labels)
     with torch.inference_mode():
@@ -156,20 +158,20 @@ def test_a_saved_backbone_is_the_same_backbone(tiny_backbone: Backbone, tiny_fam
     assert again.tokenizer_fingerprint == tiny_backbone.tokenizer_fingerprint
 
 
-def test_target_mask_marks_the_tokens_of_each_target(tiny_backbone: Backbone):
+def test_target_mask_marks_the_tokens_of_each_target(tiny_backbone: KeyedModel):
     batch = tiny_backbone.batch(GERMAN, ENGLISH)
     lengths = [len(row) for row in tiny_backbone.tokenize(GERMAN, ENGLISH)[1]]
     assert batch.target_mask.sum(1).tolist() == lengths and len(set(lengths)) > 1
     assert len(batch) == len(GERMAN)
 
 
-def hooks(backbone: Backbone) -> int:
+def hooks(backbone: KeyedModel) -> int:
     return sum(len(module._forward_pre_hooks) for module in backbone.modules())
 
 
 @pytest.mark.parametrize("key_type", KEY_TYPES)
 def test_hooks_go_even_after_exceptions(marian_folder: Path, key_type):
-    backbone = Backbone(str(marian_folder), key_type=key_type, device="cpu")
+    backbone = load_model(str(marian_folder), key_type=key_type, device="cpu")
     batch = backbone.batch(GERMAN, ENGLISH)
     before = hooks(backbone)
     backbone.keys(batch)
@@ -191,8 +193,8 @@ def test_hooks_go_even_after_exceptions(marian_folder: Path, key_type):
 def test_half_precision_keys_are_close_to_full_precision(
     tiny_folder: Path, tiny_family: TinyFamily, key_type, dtype: str
 ):
-    full = Backbone(str(tiny_folder), key_type, device="cpu", **tiny_family.languages)
-    half = Backbone(str(tiny_folder), key_type, device="cpu", dtype=dtype, **tiny_family.languages)
+    full = load_model(str(tiny_folder), key_type, device="cpu", **tiny_family.languages)
+    half = load_model(str(tiny_folder), key_type, device="cpu", dtype=dtype, **tiny_family.languages)
     batch = full.batch(GERMAN, ENGLISH)
     with torch.inference_mode():
         expected, keys = full.keys(batch)[batch.target_mask], half.keys(batch)[batch.target_mask]
@@ -202,7 +204,7 @@ def test_half_precision_keys_are_close_to_full_precision(
 
 
 def test_keys_carry_gradients_for_training(tiny_folder: Path, tiny_family: TinyFamily):
-    backbone = Backbone(str(tiny_folder), device="cpu", **tiny_family.languages)
+    backbone = load_model(str(tiny_folder), device="cpu", **tiny_family.languages)
     batch = backbone.batch(GERMAN, ENGLISH)
     backbone.project(backbone.keys(batch))[batch.target_mask].logsumexp(-1).sum().backward()
     assert backbone.output_projection.weight.grad.norm() > 0
@@ -212,7 +214,7 @@ def test_keys_carry_gradients_for_training(tiny_folder: Path, tiny_family: TinyF
 
 
 def test_long_texts_are_cut_counted_and_reported_once(tiny_folder: Path, tiny_family: TinyFamily, caplog):
-    backbone = Backbone(str(tiny_folder), device="cpu", **tiny_family.languages)
+    backbone = load_model(str(tiny_folder), device="cpu", **tiny_family.languages)
     long = " ".join(GERMAN[1:3] * 9)
     with caplog.at_level(logging.WARNING, "lightning_knnmt"):
         sources, targets = backbone.tokenize(["Open", long], ["Open", long])
@@ -231,8 +233,8 @@ def test_long_texts_are_cut_counted_and_reported_once(tiny_folder: Path, tiny_fa
             assert backbone.keys(backbone.batch([long], [long])).shape == (1, POSITIONS, backbone.key_size)
 
 
-def test_fingerprints_are_equal_for_a_copy(tiny_backbone: Backbone, tiny_folder: Path, tiny_family, tmp_path: Path):
-    copy = Backbone(str(shutil.copytree(tiny_folder, tmp_path / "copy")), device="cpu", **tiny_family.languages)
+def test_fingerprints_are_equal_for_a_copy(tiny_backbone: KeyedModel, tiny_folder: Path, tiny_family, tmp_path: Path):
+    copy = load_model(str(shutil.copytree(tiny_folder, tmp_path / "copy")), device="cpu", **tiny_family.languages)
     assert copy.model_fingerprint == tiny_backbone.model_fingerprint
     assert copy.tokenizer_fingerprint == tiny_backbone.tokenizer_fingerprint
 
@@ -243,10 +245,10 @@ def test_a_hub_name_loads_what_its_folder_holds_and_an_unknown_one_is_named(mari
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(revision)
     script = (
-        "import sys; from lightning_knnmt.backbone import Backbone\n"
-        "backbone = Backbone(sys.argv[1], device='cpu')\n"
+        "import sys; from lightning_knnmt.backbone import KeyedModel\n"
+        "backbone = load_model(sys.argv[1], device='cpu')\n"
         "print(backbone.name, backbone.model_fingerprint, backbone.tokenizer_fingerprint)\n"
-        "try: Backbone('somebody/else')\n"
+        "try: load_model('somebody/else')\n"
         "except OSError as error: print(error)"
     )
     environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -256,7 +258,7 @@ def test_a_hub_name_loads_what_its_folder_holds_and_an_unknown_one_is_named(mari
         [sys.executable, "-c", script, "somebody/marian"],
         check=True, timeout=120, cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
-    folder = Backbone(str(marian_folder), device="cpu")
+    folder = load_model(str(marian_folder), device="cpu")
     loaded, *message = done.stdout.splitlines()
     assert loaded.split() == ["somebody/marian", folder.model_fingerprint, folder.tokenizer_fingerprint]
     expected = "model 'somebody/else' is no folder with a config.json here, and the hub gave none of that name: "
@@ -268,7 +270,7 @@ def test_one_changed_weight_changes_the_model_fingerprint(marian_folder: Path, t
     weights = load_file(folder / "model.safetensors")
     weights["model.decoder.layers.0.fc1.weight"][0, 0] += 1e-3
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    before, after = (Backbone(str(path), device="cpu") for path in (marian_folder, folder))
+    before, after = (load_model(str(path), device="cpu") for path in (marian_folder, folder))
     assert after.model_fingerprint != before.model_fingerprint
     assert after.tokenizer_fingerprint == before.tokenizer_fingerprint
 
@@ -278,16 +280,16 @@ def test_another_configuration_of_the_same_weights_changes_the_model_fingerprint
     config = json.loads((changed / "config.json").read_text())
     config["transformers_version"] = "4.0.0"
     (changed / "config.json").write_text(json.dumps(config))
-    before = Backbone(str(marian_folder), device="cpu").model_fingerprint
-    assert Backbone(str(changed), device="cpu").model_fingerprint == before
+    before = load_model(str(marian_folder), device="cpu").model_fingerprint
+    assert load_model(str(changed), device="cpu").model_fingerprint == before
     config["scale_embedding"] = not config["scale_embedding"]
     (changed / "config.json").write_text(json.dumps(config))
-    assert Backbone(str(changed), device="cpu").model_fingerprint != before
+    assert load_model(str(changed), device="cpu").model_fingerprint != before
 
 
 def test_a_prefix_stands_before_every_source_and_no_target(marian_folder: Path):
-    plain = Backbone(str(marian_folder), device="cpu")
-    prefixed = Backbone(str(marian_folder), device="cpu", src_prefix="Der Drucker: ")
+    plain = load_model(str(marian_folder), device="cpu")
+    prefixed = load_model(str(marian_folder), device="cpu", src_prefix="Der Drucker: ")
     expected = plain.tokenize([f"Der Drucker: {text}" for text in GERMAN], ENGLISH)
     assert prefixed.tokenize(GERMAN, ENGLISH) == expected
 
@@ -310,13 +312,13 @@ def test_one_changed_token_changes_the_tokenizer_fingerprint(tiny_folder_of: Fol
         token = sorted(content)[-10]
         content[token + "x"] = content.pop(token)
     (folder / file).write_text(json.dumps(content))
-    before, after = (Backbone(str(path), device="cpu") for path in (tiny_folder_of(name), folder))
+    before, after = (load_model(str(path), device="cpu") for path in (tiny_folder_of(name), folder))
     assert after.tokenizer_fingerprint != before.tokenizer_fingerprint
     assert after.model_fingerprint == before.model_fingerprint
 
 
 def test_missing_weight_files_cannot_be_fingerprinted(marian_folder: Path, tmp_path: Path):
-    backbone = Backbone(str(shutil.copytree(marian_folder, tmp_path / "copy")), device="cpu")
+    backbone = load_model(str(shutil.copytree(marian_folder, tmp_path / "copy")), device="cpu")
     (tmp_path / "copy" / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"neither \*\.safetensors nor pytorch_model\*\.bin"):
         _ = backbone.model_fingerprint
@@ -333,13 +335,13 @@ def test_missing_weight_files_cannot_be_fingerprinted(marian_folder: Path, tmp_p
 )
 def test_wrong_options_are_named(marian_folder: Path, options, message: str):
     with pytest.raises(ValueError, match=message):
-        Backbone(str(marian_folder), device="cpu", **options)
+        load_model(str(marian_folder), device="cpu", **options)
 
 
 @pytest.mark.parametrize("name", ["marian", "t5", "fsmt"])
 def test_bilingual_models_take_no_language(tiny_folder_of: FolderOf, name: str):
     with pytest.raises(ValueError, match=r"src_lang is 'de', but the tokenizer of .* has no languages; leave"):
-        Backbone(str(tiny_folder_of(name)), src_lang="de", tgt_lang="en")
+        load_model(str(tiny_folder_of(name)), src_lang="de", tgt_lang="en")
 
 
 @pytest.mark.parametrize(
@@ -351,11 +353,11 @@ def test_languages_are_checked_with_suggestions(tiny_folder_of: FolderOf, name: 
     for option, other in (("src_lang", "tgt_lang"), ("tgt_lang", "src_lang")):
         message = f"{option} is {unknown!r}, which the tokenizer of .* does not know, expected one of .*{known}"
         with pytest.raises(ValueError, match=message):
-            Backbone(folder, **{option: unknown, other: known})
+            load_model(folder, **{option: unknown, other: known})
         with pytest.raises(ValueError, match=f"{option} is missing: .* is multilingual, expected one of .*{known}"):
-            Backbone(folder, **{other: known})
+            load_model(folder, **{other: known})
     with pytest.raises(ValueError, match="src_lang is '</s>', which the tokenizer"):
-        Backbone(folder, src_lang="</s>", tgt_lang=known)
+        load_model(folder, src_lang="</s>", tgt_lang=known)
 
 
 def test_legacy_nllb_layout_is_refused(tiny_folder_of: FolderOf, tmp_path: Path):
@@ -363,13 +365,13 @@ def test_legacy_nllb_layout_is_refused(tiny_folder_of: FolderOf, tmp_path: Path)
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**config, "legacy_behaviour": True}))
     with pytest.raises(ValueError, match="legacy_behaviour on, which misplaces languages; turn it off"):
-        Backbone(str(folder), src_lang="deu_Latn", tgt_lang="eng_Latn")
+        load_model(str(folder), src_lang="deu_Latn", tgt_lang="eng_Latn")
 
 
 def test_unsupported_models_are_refused(tmp_path: Path):
     GPT2Config().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="is of type 'gpt2', expected one of fsmt, m2m_100, marian, mbart, t5; add a"):
-        Backbone(str(tmp_path))
+        load_model(str(tmp_path))
 
 
 def test_models_without_a_decoder_start_are_refused(tiny_folder_of: FolderOf, tmp_path: Path):
@@ -379,10 +381,10 @@ def test_models_without_a_decoder_start_are_refused(tiny_folder_of: FolderOf, tm
         content.pop("decoder_start_token_id", None)
         (folder / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match="has no decoder_start_token_id in its config; set it there"):
-        Backbone(str(folder), device="cpu")
+        load_model(str(folder), device="cpu")
 
 
-def test_keys_need_labels(tiny_backbone: Backbone):
+def test_keys_need_labels(tiny_backbone: KeyedModel):
     batch = tiny_backbone.batch(GERMAN)
     for ask in (tiny_backbone.keys, tiny_backbone.keys_and_logits, lambda batch: batch.target_mask):
         with pytest.raises(ValueError, match="the batch has no labels, expected a batch made with target texts"):

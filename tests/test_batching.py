@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_knnmt.backbone import Batch
+from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.backbone.scratch import ModelShape, init_model
 from lightning_knnmt.data.batching import TokenBudgetSampler, divisible_batches, token_budget_batches
 from lightning_knnmt.data.pairs import Pair

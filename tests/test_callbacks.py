@@ -17,7 +17,8 @@ from tiny_stores import corpus_pairs
 from transformers import AutoModelForSeq2SeqLM
 
 import lightning_knnmt.training.index_health as index_health
-from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.backbone.batch import Batch
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.splits import write_splits
 from lightning_knnmt.training import ExportBackbone, IndexHealth, Schedule, TranslationModule
 from lightning_knnmt.training.datamodule import TranslationDataModule
@@ -54,7 +55,7 @@ def trainer(folder: Path, callbacks: list[L.Callback], logger: Any = False, **op
     )
 
 
-def held_out(backbone: Backbone) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def held_out(backbone: KeyedModel) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Keys and tokens of the validation split, sentence by sentence."""
     keys, tokens = [], []
     backbone.eval()

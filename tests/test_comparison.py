@@ -13,7 +13,8 @@ import sacrebleu
 import torch
 from tiny_stores import build_store, corpus_pairs
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.decoding import Decoding, Translations, Translator
@@ -29,12 +30,12 @@ PAIRS = corpus_pairs(8, seed=5)
 
 
 @pytest.fixture(scope="module")
-def marian(marian_folder: Path) -> Backbone:
-    return Backbone(str(marian_folder), device="cpu")
+def marian(marian_folder: Path) -> KeyedModel:
+    return load_model(str(marian_folder), device="cpu")
 
 
 @pytest.fixture(scope="module")
-def search(marian: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KnnSearch]:
+def search(marian: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KnnSearch]:
     with build_store(marian, tmp_path_factory.mktemp("comparison") / "store", corpus_pairs(20)) as store:
         build_index(store, IndexConfig("Flat"))
         yield KnnSearch(marian, store)
@@ -76,7 +77,7 @@ def test_speed_is_the_median_of_the_repeats_after_a_warm_up_and_systems_take_tur
     assert speed.batch_size == 5
 
 
-def test_the_share_of_search_is_measured_around_the_index_search(marian: Backbone, search: KnnSearch):
+def test_the_share_of_search_is_measured_around_the_index_search(marian: KeyedModel, search: KnnSearch):
     settings, decoding = KnnSettings(4, 0.5, 5.0, 1), Decoding(2, 4, 10)
     translators = {"base": Translator(marian, decoding), "knn": search.translator(settings, decoding)}
     results = run_systems(translators, PAIRS, repeats=1)
@@ -86,14 +87,14 @@ def test_the_share_of_search_is_measured_around_the_index_search(marian: Backbon
     assert results["base"].texts != results["knn"].texts
 
 
-def test_scores_are_those_of_the_translations_against_the_references(marian: Backbone):
+def test_scores_are_those_of_the_translations_against_the_references(marian: KeyedModel):
     result = run_systems({"base": Translator(marian, Decoding(1, 4, 10))}, PAIRS, repeats=1)["base"]
     references = [[pair.tgt for pair in PAIRS]]
     assert result.scores.bleu.value == sacrebleu.corpus_bleu(result.texts, references).score
     assert result.scores.chrf.value == sacrebleu.corpus_chrf(result.texts, references).score
 
 
-def test_sampling_starts_from_the_seed_in_every_repeat(marian: Backbone):
+def test_sampling_starts_from_the_seed_in_every_repeat(marian: KeyedModel):
     translator = Translator(marian, Decoding(1, 4, 10, {"do_sample": True, "top_k": 0}))
     once, again, other = (run_systems({"base": translator}, PAIRS, repeats=1, seed=seed)["base"] for seed in (1, 1, 2))
     assert once.repeatable
@@ -114,7 +115,7 @@ def test_repeats_that_differ_are_reported_and_even_the_warm_up_counts(caplog: py
     ]
 
 
-def test_nothing_to_compare_is_refused(marian: Backbone):
+def test_nothing_to_compare_is_refused(marian: KeyedModel):
     translators = {"base": Translator(marian, Decoding(max_new_tokens=16))}
     with pytest.raises(ValueError, match="the test split is empty, expected one pair or more"):
         run_systems(translators, [])

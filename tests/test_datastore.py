@@ -10,14 +10,15 @@ from scipy import stats
 from tiny_stores import build_store, by_place, corpus_pairs, numbered_store, write_store
 from transformers import AutoModelForSeq2SeqLM
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.batching import token_budget_batches
 from lightning_knnmt.storage.errors import DatastoreError
 
 PAIRS = corpus_pairs(23)
 
 
-def test_shards_hold_what_one_whole_file_holds(backbone: Backbone, tmp_path: Path) -> None:
+def test_shards_hold_what_one_whole_file_holds(backbone: KeyedModel, tmp_path: Path) -> None:
     with (
         build_store(backbone, tmp_path / "whole", PAIRS) as whole,
         build_store(backbone, tmp_path / "parts", PAIRS, shard_entries=40) as parts,
@@ -31,7 +32,7 @@ def test_shards_hold_what_one_whole_file_holds(backbone: Backbone, tmp_path: Pat
         np.testing.assert_allclose(key, many[place][1], rtol=3e-3, atol=3e-3)
 
 
-def test_entries_of_a_shard_are_sorted_by_length_the_longest_first(backbone: Backbone, tmp_path: Path) -> None:
+def test_entries_of_a_shard_are_sorted_by_length_the_longest_first(backbone: KeyedModel, tmp_path: Path) -> None:
     with build_store(backbone, tmp_path / "store", PAIRS) as store:
         numbers = [store.context(entry).number for entry in range(len(store))]
     sides = list(zip(*backbone.tokenize([p.src for p in PAIRS], [p.tgt for p in PAIRS]), strict=True))
@@ -42,7 +43,7 @@ def test_entries_of_a_shard_are_sorted_by_length_the_longest_first(backbone: Bac
     assert lengths[0] > lengths[-1]
 
 
-def test_a_corpus_without_pairs_makes_an_empty_datastore(backbone: Backbone, tmp_path: Path) -> None:
+def test_a_corpus_without_pairs_makes_an_empty_datastore(backbone: KeyedModel, tmp_path: Path) -> None:
     with build_store(backbone, tmp_path / "store", []) as store:
         assert len(store) == 0
         assert store.values.shape == (0,)
@@ -108,7 +109,7 @@ def test_key_chunks_are_all_keys_in_the_order_of_the_entries(tmp_path: Path) -> 
     ],
 )
 def test_a_model_that_did_not_make_the_keys_is_refused(
-    backbone: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: object, message: str
+    backbone: KeyedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, field: str, value: object, message: str
 ) -> None:
     with build_store(backbone, tmp_path / "store", PAIRS[:4]) as store:
         store.check(backbone)
@@ -118,7 +119,7 @@ def test_a_model_that_did_not_make_the_keys_is_refused(
             store.check(backbone)
 
 
-def test_other_weights_in_a_folder_of_the_same_name_are_another_model(backbone: Backbone, tmp_path: Path) -> None:
+def test_other_weights_in_a_folder_of_the_same_name_are_another_model(backbone: KeyedModel, tmp_path: Path) -> None:
     with build_store(backbone, tmp_path / "store", PAIRS[:4]) as store:
         with torch.no_grad():
             model = AutoModelForSeq2SeqLM.from_pretrained(backbone.name)
@@ -127,4 +128,4 @@ def test_other_weights_in_a_folder_of_the_same_name_are_another_model(backbone: 
         backbone.tokenizer.save_pretrained(copy)
         model.save_pretrained(copy)
         with pytest.raises(DatastoreError, match=r"does not fit the model .*: model "):
-            store.check(Backbone(str(copy), device="cpu"))
+            store.check(load_model(str(copy), device="cpu"))

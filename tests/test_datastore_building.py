@@ -11,7 +11,8 @@ import torch
 from tiny_stores import by_place, corpus_pairs, write_corpus
 from transformers import AutoModelForSeq2SeqLM
 
-from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.backbone.batch import Batch
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building import datastore as builder
 from lightning_knnmt.building import encoder
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
@@ -36,7 +37,7 @@ def config(tmp_path: Path) -> DatastoreConfig:
 
 
 def test_every_target_token_is_an_entry_with_the_state_that_hugging_face_predicts_it_from(
-    backbone: Backbone, config: DatastoreConfig
+    backbone: KeyedModel, config: DatastoreConfig
 ) -> None:
     manifest = build_datastore(backbone, config).manifest
     model = AutoModelForSeq2SeqLM.from_pretrained(backbone.name).eval()
@@ -78,7 +79,7 @@ class CountedPair(Pair):
 
 
 def test_the_builder_holds_no_more_than_two_shards_of_pairs_and_one_tokenizer_block(
-    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+    backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def counted(_: CorpusFile, report: ReadReport | None = None) -> Iterator[Pair]:
         for number in range(300):
@@ -93,7 +94,7 @@ def test_the_builder_holds_no_more_than_two_shards_of_pairs_and_one_tokenizer_bl
 
 
 def test_a_folder_that_cannot_be_written_to_is_an_error_unless_nothing_is_to_be_written(
-    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+    backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = build_datastore(backbone, config).manifest
     config.folder.with_name("file").touch()
@@ -110,7 +111,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_unless_nothing_is_to_be_
 
 
 def test_a_disk_that_knows_no_locks_is_an_error(
-    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+    backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fcntl = pytest.importorskip("fcntl")
 
@@ -123,7 +124,7 @@ def test_a_disk_that_knows_no_locks_is_an_error(
     assert not list(config.folder.glob("*.h5"))
 
 
-def test_reading_changes_nothing(backbone: Backbone, config: DatastoreConfig) -> None:
+def test_reading_changes_nothing(backbone: KeyedModel, config: DatastoreConfig) -> None:
     build_datastore(backbone, config)
     with Datastore(config.folder) as store:
         build_index(store, IndexConfig("Flat"))
@@ -149,7 +150,7 @@ def test_reading_changes_nothing(backbone: Backbone, config: DatastoreConfig) ->
 
 @pytest.mark.parametrize("factor", [1e7, np.nan])
 def test_keys_beyond_fp16_are_refused_and_the_pair_is_named(
-    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch, factor: float
+    backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     keys = backbone.keys
     wanted = backbone.tokenize([PAIRS[11].src])[0][0]
@@ -169,7 +170,7 @@ def test_keys_beyond_fp16_are_refused_and_the_pair_is_named(
 
 
 def test_the_thread_that_writes_fails_for_all(
-    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+    backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object) -> None:
         raise DatastoreError("no room")
@@ -199,7 +200,7 @@ def test_one_is_made_ahead_in_order_and_errors_come_where_they_arise() -> None:
 
 
 def test_little_of_the_batches_that_a_model_gets_is_padding(
-    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+    backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = padded = 0
     keys = backbone.keys

@@ -10,7 +10,9 @@ import pytest
 import torch
 from tiny_stores import by_place, corpus_pairs, harm_file, write_corpus
 
-from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.backbone.batch import Batch
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building import datastore as builder
 from lightning_knnmt.building.datastore import DatastoreBuild, DatastoreConfig, build_datastore
 from lightning_knnmt.data.pairs import Pair
@@ -30,7 +32,7 @@ def config(tmp_path: Path) -> DatastoreConfig:
 
 
 def test_a_datastore_of_the_same_model_and_corpus_is_kept(
-    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+    backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = build_datastore(backbone, config).manifest
     monkeypatch.setattr(backbone, "keys", None)  # encoding again would fail
@@ -39,7 +41,7 @@ def test_a_datastore_of_the_same_model_and_corpus_is_kept(
 
 
 def test_a_datastore_of_another_corpus_is_refused_and_replaced_when_asked(
-    backbone: Backbone, config: DatastoreConfig, tmp_path: Path
+    backbone: KeyedModel, config: DatastoreConfig, tmp_path: Path
 ) -> None:
     before = build_datastore(backbone, config).manifest
     other = replace(config, corpus=write_corpus(tmp_path / "other.jsonl", PAIRS[:5]))
@@ -55,14 +57,14 @@ def test_a_datastore_of_another_corpus_is_refused_and_replaced_when_asked(
         assert {store.context(entry).pair for entry in range(len(store))} == set(PAIRS[:5])
 
 
-def test_a_datastore_of_another_key_type_is_not_kept(backbone: Backbone, config: DatastoreConfig) -> None:
+def test_a_datastore_of_another_key_type_is_not_kept(backbone: KeyedModel, config: DatastoreConfig) -> None:
     build_datastore(backbone, config)
-    other = Backbone(backbone.name, key_type="ffn_input", device="cpu")
+    other = load_model(backbone.name, key_type="ffn_input", device="cpu")
     with pytest.raises(DatastoreError, match=r"key_type decoder_output against ffn_input .there against wanted."):
         build_datastore(other, config)
 
 
-def test_a_corpus_read_with_other_options_is_another_corpus(backbone: Backbone, config: DatastoreConfig) -> None:
+def test_a_corpus_read_with_other_options_is_another_corpus(backbone: KeyedModel, config: DatastoreConfig) -> None:
     build_datastore(backbone, config)
     turned = replace(config, corpus=replace(config.corpus, src_lang="en", tgt_lang="de"))
     with pytest.raises(DatastoreError, match=r"corpus.src_lang de against en; corpus.tgt_lang en against de"):
@@ -71,7 +73,7 @@ def test_a_corpus_read_with_other_options_is_another_corpus(backbone: Backbone, 
 
 @pytest.mark.parametrize("harm", ["missing", "truncated", "changed"])
 def test_damaged_shards_are_made_again_and_those_before_them_are_kept(
-    backbone: Backbone, config: DatastoreConfig, harm: str
+    backbone: KeyedModel, config: DatastoreConfig, harm: str
 ) -> None:
     before = build_datastore(backbone, config).manifest
     contents = {path.name: path.read_bytes() for path in config.folder.iterdir()}
@@ -85,7 +87,7 @@ def test_damaged_shards_are_made_again_and_those_before_them_are_kept(
 
 
 def test_a_malformed_corpus_leaves_the_datastore_that_it_was_to_replace(
-    backbone: Backbone, config: DatastoreConfig, tmp_path: Path
+    backbone: KeyedModel, config: DatastoreConfig, tmp_path: Path
 ) -> None:
     before = build_datastore(backbone, config).manifest
     bad = write_corpus(tmp_path / "bad.jsonl", [*PAIRS[:3], Pair("Quelle ohne Ziel", " ")])
@@ -95,7 +97,7 @@ def test_a_malformed_corpus_leaves_the_datastore_that_it_was_to_replace(
         assert len(store) == before.entries
 
 
-def test_a_damaged_manifest_is_replaced_when_asked(backbone: Backbone, config: DatastoreConfig) -> None:
+def test_a_damaged_manifest_is_replaced_when_asked(backbone: KeyedModel, config: DatastoreConfig) -> None:
     before = build_datastore(backbone, config).manifest
     (config.folder / "manifest.json").write_text("{")
     with pytest.raises(DatastoreError, match=r"another datastore: .*manifest.json is damaged"):
@@ -104,7 +106,7 @@ def test_a_damaged_manifest_is_replaced_when_asked(backbone: Backbone, config: D
 
 
 def test_an_interrupted_build_leaves_nothing_that_opens_and_can_be_repeated(
-    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+    backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = 0
     keys = backbone.keys
@@ -129,7 +131,7 @@ def test_an_interrupted_build_leaves_nothing_that_opens_and_can_be_repeated(
         assert len({place[0] for place in by_place(store, PAIRS)}) == len(PAIRS)
 
 
-def interrupt(monkeypatch: pytest.MonkeyPatch, backbone: Backbone, config: DatastoreConfig, shards: int) -> Manifest:
+def interrupt(monkeypatch: pytest.MonkeyPatch, backbone: KeyedModel, config: DatastoreConfig, shards: int) -> Manifest:
     """Begin a datastore and stop after some shards."""
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         write = builder.write_shard
@@ -145,7 +147,7 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, backbone: Backbone, config: Datas
 
 
 def test_a_build_that_was_stopped_tokenizes_and_encodes_only_the_rest(
-    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+    backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun = interrupt(monkeypatch, backbone, config, shards=2)
     assert len(begun.shards) == 2 and 0 < begun.pairs < len(PAIRS)
@@ -176,7 +178,7 @@ def test_a_build_that_was_stopped_tokenizes_and_encodes_only_the_rest(
     ],
 )
 def test_a_build_that_was_stopped_is_not_continued_with_another_plan(
-    backbone: Backbone,
+    backbone: KeyedModel,
     config: DatastoreConfig,
     monkeypatch: pytest.MonkeyPatch,
     change: dict[str, Any],

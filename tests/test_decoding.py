@@ -13,7 +13,9 @@ from tiny_stores import build_store, corpus_pairs
 from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
-from lightning_knnmt.backbone import IGNORED, Backbone, Batch
+from lightning_knnmt.backbone.batch import IGNORED, Batch
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding, Translator, knn_decoding
@@ -66,7 +68,7 @@ class Broken(Proposals):
 
 
 @pytest.fixture(scope="module")
-def store(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
+def store(tiny_backbone: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
     """A flat-indexed datastore of every tiny model in turn."""
     with build_store(tiny_backbone, tmp_path_factory.mktemp("stores") / "store", corpus_pairs(20), 150) as store:
         build_index(store, IndexConfig("Flat"))
@@ -74,26 +76,26 @@ def store(tiny_backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def marian(marian_folder: Path) -> Backbone:
-    return Backbone(str(marian_folder), device="cpu")
+def marian(marian_folder: Path) -> KeyedModel:
+    return load_model(str(marian_folder), device="cpu")
 
 
 @pytest.fixture(scope="module")
-def marian_store(marian: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
+def marian_store(marian: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
     with build_store(marian, tmp_path_factory.mktemp("stores") / "marian", corpus_pairs(20), 150) as store:
         build_index(store, IndexConfig("Flat"))
         yield store
 
 
 def mixing(
-    backbone: Backbone, retriever: Any, lambda_: float, batch: Batch, temperature: float = 50.0
+    backbone: KeyedModel, retriever: Any, lambda_: float, batch: Batch, temperature: float = 50.0
 ) -> AbstractContextManager[None]:
     retriever.begin(batch)
     return knn_decoding(backbone, retriever, FixedCombiner(lambda_, temperature), Spans())
 
 
 def mixture_by_hand(
-    backbone: Backbone, store: Datastore, batch: Batch, sentence: int, tokens: list[int], k: int, lambda_: float
+    backbone: KeyedModel, store: Datastore, batch: Batch, sentence: int, tokens: list[int], k: int, lambda_: float
 ) -> np.ndarray:
     """The mixture before each token of a translation, shape (T, V), by brute force over the stored keys, T = 50."""
     one = slice(sentence, sentence + 1)
@@ -120,13 +122,13 @@ def trimmed(sequence: list[int], eos: int) -> list[int]:
     return tokens[: tokens.index(eos) + 1] if eos in tokens else tokens
 
 
-def hook_count(backbone: Backbone) -> int:
+def hook_count(backbone: KeyedModel) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in backbone.model.modules())
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_lambda_0_is_hugging_face_generate_exactly(
-    tiny_backbone: Backbone, tiny_folder: Path, tiny_family: TinyFamily, strategy: str
+    tiny_backbone: KeyedModel, tiny_folder: Path, tiny_family: TinyFamily, strategy: str
 ) -> None:
     model = AutoModelForSeq2SeqLM.from_pretrained(tiny_folder).eval()
     by_hand = {
@@ -147,7 +149,7 @@ def test_lambda_0_is_hugging_face_generate_exactly(
 
 @pytest.mark.parametrize("lambda_", [0.4, 1.0])
 def test_scores_of_beams_are_the_recomputed_mixture_of_their_own_neighbors(
-    tiny_backbone: Backbone, store: Datastore, lambda_: float
+    tiny_backbone: KeyedModel, store: Datastore, lambda_: float
 ) -> None:
     batch = tiny_backbone.batch(SOURCES)
     retriever = DatastoreRetriever(store, open_index(store), k=6)
@@ -179,7 +181,7 @@ def test_scores_of_beams_are_the_recomputed_mixture_of_their_own_neighbors(
 @pytest.mark.parametrize("k", [1, 7, 10_000])
 @pytest.mark.parametrize("lambda_", [0.5, 1.0])
 def test_greedy_takes_the_likeliest_token_of_the_mixture_with_one_few_or_all_neighbors(
-    marian: Backbone, marian_store: Datastore, k: int, lambda_: float
+    marian: KeyedModel, marian_store: Datastore, k: int, lambda_: float
 ) -> None:
     batch = marian.batch(SOURCES)
     retriever = DatastoreRetriever(marian_store, open_index(marian_store), k=k)
@@ -193,7 +195,7 @@ def test_greedy_takes_the_likeliest_token_of_the_mixture_with_one_few_or_all_nei
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_lambda_1_follows_neighbors_where_there_are_any_and_the_model_elsewhere(marian: Backbone, beams: int) -> None:
+def test_lambda_1_follows_neighbors_where_there_are_any_and_the_model_elsewhere(marian: KeyedModel, beams: int) -> None:
     batch = marian.batch(SOURCES)
     options = {"num_beams": beams, "max_new_tokens": 8}
     plain = marian.generate(batch, **options).tolist()
@@ -210,7 +212,7 @@ def test_lambda_1_follows_neighbors_where_there_are_any_and_the_model_elsewhere(
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_neighbors_do_not_leak_past_a_forced_language(
-    tiny_backbone: Backbone, tiny_family: TinyFamily, strategy: str
+    tiny_backbone: KeyedModel, tiny_family: TinyFamily, strategy: str
 ) -> None:
     forced = tiny_backbone.start.forced_id
     if forced is None:
@@ -230,7 +232,7 @@ def test_neighbors_do_not_leak_past_a_forced_language(
 @pytest.mark.parametrize("option", ["suppress_tokens", "bad_words_ids", "begin_suppress_tokens"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_suppressed_tokens_stay_suppressed_when_neighbors_propose_them(
-    marian: Backbone, option: str, strategy: str
+    marian: KeyedModel, option: str, strategy: str
 ) -> None:
     batch = marian.batch(SOURCES)
     begin = option == "begin_suppress_tokens"
@@ -245,7 +247,7 @@ def test_suppressed_tokens_stay_suppressed_when_neighbors_propose_them(
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-def test_no_hook_stays_after_decoding_or_after_an_error_in_it(marian: Backbone, beams: int) -> None:
+def test_no_hook_stays_after_decoding_or_after_an_error_in_it(marian: KeyedModel, beams: int) -> None:
     batch = marian.batch(SOURCES)
     plain = marian.generate(batch, num_beams=beams)
     with pytest.raises(RuntimeError, match="the disk is on fire"), mixing(marian, Broken([40]), 0.5, batch):
@@ -257,7 +259,7 @@ def test_no_hook_stays_after_decoding_or_after_an_error_in_it(marian: Backbone, 
     assert marian.generate(batch, num_beams=beams).equal(plain)
 
 
-def test_the_last_position_is_mixed_when_decoding_without_a_cache(marian: Backbone, marian_store: Datastore) -> None:
+def test_the_last_position_is_mixed_when_decoding_without_a_cache(marian: KeyedModel, marian_store: Datastore) -> None:
     batch = marian.batch(SOURCES)
     retriever = DatastoreRetriever(marian_store, open_index(marian_store), k=6)
     with mixing(marian, retriever, 0.5, batch):
@@ -266,7 +268,7 @@ def test_the_last_position_is_mixed_when_decoding_without_a_cache(marian: Backbo
     assert cached.equal(uncached)
 
 
-def translator(backbone: Backbone, store: Datastore, beams: int, batch_size: int) -> Translator:
+def translator(backbone: KeyedModel, store: Datastore, beams: int, batch_size: int) -> Translator:
     retriever = DatastoreRetriever(store, open_index(store), k=6)
     return Translator(backbone, Decoding(beams, batch_size, 10), retriever, FixedCombiner(0.2, 50.0))
 
@@ -274,7 +276,7 @@ def translator(backbone: Backbone, store: Datastore, beams: int, batch_size: int
 @pytest.mark.parametrize("beams", [1, 4])
 @pytest.mark.parametrize("batch_size", [1, 3, 50])
 def test_translations_come_in_the_order_of_the_sources_whatever_the_batches(
-    tiny_backbone: Backbone, store: Datastore, beams: int, batch_size: int
+    tiny_backbone: KeyedModel, store: Datastore, beams: int, batch_size: int
 ) -> None:
     sources = [f"{text} {number}" for number, text in enumerate(GERMAN)] + [GERMAN[4], "Datei"]
     found = translator(tiny_backbone, store, beams, batch_size).translate(sources)
@@ -283,7 +285,7 @@ def test_translations_come_in_the_order_of_the_sources_whatever_the_batches(
     assert len(set(found.texts)) > 1
 
 
-def test_translations_count_tokens_queries_and_time(marian: Backbone, marian_store: Datastore) -> None:
+def test_translations_count_tokens_queries_and_time(marian: KeyedModel, marian_store: Datastore) -> None:
     found = translator(marian, marian_store, beams=3, batch_size=2).translate(SOURCES)
     special = set(marian.tokenizer.all_special_ids)
     with mixing(marian, DatastoreRetriever(marian_store, open_index(marian_store), 6), 0.2, marian.batch(SOURCES)):
@@ -296,20 +298,20 @@ def test_translations_count_tokens_queries_and_time(marian: Backbone, marian_sto
     assert found.seconds == found.spans.seconds["decode"]
 
 
-def test_no_sources_are_no_translations(marian: Backbone, marian_store: Datastore) -> None:
+def test_no_sources_are_no_translations(marian: KeyedModel, marian_store: Datastore) -> None:
     found = translator(marian, marian_store, beams=2, batch_size=4).translate([])
     assert (found.texts, found.tokens, found.seconds) == ([], 0, 0)
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_an_empty_datastore_is_the_plain_model(marian: Backbone, tmp_path: Path, beams: int) -> None:
+def test_an_empty_datastore_is_the_plain_model(marian: KeyedModel, tmp_path: Path, beams: int) -> None:
     plain = Translator(marian, Decoding(beams, 2, 10)).translate(SOURCES)
     with build_store(marian, tmp_path / "store", []) as empty:
         assert build_index(empty, IndexConfig()).factory == "Flat"
         assert translator(marian, empty, beams, 2).translate(SOURCES).texts == plain.texts
 
 
-def test_shards_translate_as_one_file_does(marian: Backbone, tmp_path: Path) -> None:
+def test_shards_translate_as_one_file_does(marian: KeyedModel, tmp_path: Path) -> None:
     texts = []
     for name, entries in (("whole", 10_000), ("parts", 30)):
         with build_store(marian, tmp_path / name, corpus_pairs(20), entries) as store:
@@ -322,9 +324,9 @@ def test_shards_translate_as_one_file_does(marian: Backbone, tmp_path: Path) -> 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_decoding_on_the_gpu_is_decoding_on_the_cpu(
-    marian: Backbone, marian_folder: Path, marian_store: Datastore
+    marian: KeyedModel, marian_folder: Path, marian_store: Datastore
 ) -> None:
-    on_gpu = Backbone(str(marian_folder), device="cuda")
+    on_gpu = load_model(str(marian_folder), device="cuda")
     expected = translator(marian, marian_store, 4, 3).translate(SOURCES)
     found = translator(on_gpu, marian_store, 4, 3).translate(SOURCES)
     assert found.texts == expected.texts
@@ -348,20 +350,20 @@ def test_decoding_options_are_checked(options: dict[str, Any], message: str) -> 
         Decoding(**options)
 
 
-def test_a_retriever_without_a_combiner_is_refused(marian: Backbone) -> None:
+def test_a_retriever_without_a_combiner_is_refused(marian: KeyedModel) -> None:
     for given in ({"retriever": Proposals([40])}, {"combiner": FixedCombiner()}):
         with pytest.raises(ValueError, match="retriever and combiner belong together: give both, or neither"):
             Translator(marian, Decoding(), **given)
 
 
-def test_labels_are_ignored_where_they_are_padding(marian: Backbone, marian_store: Datastore) -> None:
+def test_labels_are_ignored_where_they_are_padding(marian: KeyedModel, marian_store: Datastore) -> None:
     batch = marian.batch(SOURCES, ENGLISH[:4])
     assert batch.labels is not None and (batch.labels == IGNORED).any()
     with mixing(marian, DatastoreRetriever(marian_store, open_index(marian_store), 3), 0.5, batch):
         assert marian.generate(batch, num_beams=2).equal(marian.generate(marian.batch(SOURCES), num_beams=2))
 
 
-def test_more_tokens_than_positions_are_refused(marian: Backbone) -> None:
+def test_more_tokens_than_positions_are_refused(marian: KeyedModel) -> None:
     assert marian.position_limit is not None
     Translator(marian, Decoding(max_new_tokens=marian.position_limit))
     with pytest.raises(ValueError, match=rf"max_new_tokens is 256, but .* has {marian.position_limit} positions"):

@@ -20,7 +20,9 @@ from script_runs import write_config
 from tqdm import tqdm
 
 import build_index
-from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.backbone.batch import Batch
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.datastore import Manifest
@@ -60,7 +62,7 @@ def build_as(rank: int, port: int, model: Path, builds: list[tuple[DatastoreConf
     crash.common.set_threads(1)
     os.environ.update(LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    backbone = Backbone(str(model), device="cpu")
+    backbone = load_model(str(model), device="cpu")
     with Processes(devices=SIZE).start(backbone) as ranks:
         for config, harm in builds:
             encoded: list[int] = []
@@ -70,7 +72,7 @@ def build_as(rank: int, port: int, model: Path, builds: list[tuple[DatastoreConf
                 tell.send(BATCH)
                 if harm == "slow":
                     time.sleep(0.01)
-                found = Backbone.keys(backbone, batch)
+                found = KeyedModel.keys(backbone, batch)
                 return found * torch.nan if harm == "nan" and rank == 1 else found
 
             backbone.keys = keys  # type: ignore[method-assign]
@@ -342,7 +344,7 @@ def test_commands_are_looked_up_and_options_alone_build(
     assert "the command is 'verfy', expected one of build, plan, verify, append" in capsys.readouterr().err
 
 
-def test_wrong_numbers_of_processes_are_named(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_numbers_of_processes_are_named(backbone: KeyedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="devices is 0, expected 1 or more"):
         Processes(devices=0)
     for name, value in variables_of("srun", 0, 1).items():

@@ -9,7 +9,8 @@ import torch
 from tiny_models import ENGLISH, TINY_FAMILIES
 from tiny_stores import build_store, corpus_pairs
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.decoding import Decoding
 from lightning_knnmt.evaluation.explanation import explain, explanation_lines, mark_token
@@ -22,12 +23,12 @@ SOURCES = [pair.src for pair in corpus_pairs(4, seed=9)]
 
 
 @pytest.fixture(scope="module")
-def marian(marian_folder: Path) -> Backbone:
-    return Backbone(str(marian_folder), device="cpu")
+def marian(marian_folder: Path) -> KeyedModel:
+    return load_model(str(marian_folder), device="cpu")
 
 
 @pytest.fixture(scope="module")
-def search(marian: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KnnSearch]:
+def search(marian: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KnnSearch]:
     with build_store(marian, tmp_path_factory.mktemp("explanation") / "store", corpus_pairs(30), 60) as store:
         build_index(store, IndexConfig("Flat"))
         yield KnnSearch(marian, store)
@@ -94,7 +95,7 @@ def test_an_explained_translation_is_that_of_the_translator(search: KnnSearch):
         assert search.backbone.tokenizer.decode(ids, skip_special_tokens=True) == texts[0]
 
 
-def test_a_store_smaller_than_k_shows_what_there_is(marian: Backbone, tmp_path: Path):
+def test_a_store_smaller_than_k_shows_what_there_is(marian: KeyedModel, tmp_path: Path):
     with build_store(marian, tmp_path / "store", corpus_pairs(1)) as store:
         build_index(store, IndexConfig("Flat"))
         tokens = explain(KnnSearch(marian, store), KnnSettings(k=64), Decoding(1, 1, 5), SOURCES[0], shown=64).tokens
@@ -135,7 +136,7 @@ def test_marks_stand_at_the_stored_position(search: KnnSearch):
 
 @pytest.mark.parametrize("name", list(TINY_FAMILIES))
 def test_marks_lose_no_text_in_any_family(name: str, tiny_folder_of: Callable[[str], Path]):
-    backbone = Backbone(str(tiny_folder_of(name)), device="cpu", **TINY_FAMILIES[name].languages)
+    backbone = load_model(str(tiny_folder_of(name)), device="cpu", **TINY_FAMILIES[name].languages)
     text = ENGLISH[0]
     ids = backbone.tokenize([text], [text])[1][0]
     special = set(backbone.tokenizer.all_special_ids)

@@ -12,7 +12,8 @@ import torch
 from tiny_models import ENGLISH, GERMAN, TinyFamily
 from tiny_stores import build_store, clumpy_keys, corpus_pairs, write_store
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore
@@ -47,17 +48,17 @@ FILLED = [*SEARCHED, "IVF16,PQ16x4fs,Refine(SQfp16)", "OPQ8,IVF16,PQ8x4fs", "IVF
 
 
 @pytest.fixture(scope="module")
-def on_cpu(marian_folder: Path) -> Backbone:
-    return Backbone(str(marian_folder), device="cpu")
+def on_cpu(marian_folder: Path) -> KeyedModel:
+    return load_model(str(marian_folder), device="cpu")
 
 
 @pytest.fixture(scope="module")
-def on_gpu(marian_folder: Path) -> Backbone:
-    return Backbone(str(marian_folder), device=GPU)
+def on_gpu(marian_folder: Path) -> KeyedModel:
+    return load_model(str(marian_folder), device=GPU)
 
 
 @pytest.fixture(scope="module")
-def store(on_cpu: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
+def store(on_cpu: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
     """Built on the CPU, with an index."""
     with build_store(on_cpu, tmp_path_factory.mktemp("gpu") / "store", PAIRS, 100) as store:
         build_index(store, IndexConfig("IVF4,Flat", train_points=160))
@@ -66,8 +67,8 @@ def store(on_cpu: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 @pytest.mark.parametrize("key_type", ["decoder_output", "ffn_input"])
 def test_keys_on_the_gpu_are_close_to_those_on_the_cpu(tiny_folder: Path, tiny_family: TinyFamily, key_type):
-    cpu = Backbone(str(tiny_folder), key_type, device="cpu", **tiny_family.languages)
-    gpu = Backbone(str(tiny_folder), key_type, **tiny_family.languages)
+    cpu = load_model(str(tiny_folder), key_type, device="cpu", **tiny_family.languages)
+    gpu = load_model(str(tiny_folder), key_type, **tiny_family.languages)
     assert gpu.device.type == "cuda"
     with torch.inference_mode():
         batch = cpu.batch(GERMAN, ENGLISH)
@@ -77,7 +78,7 @@ def test_keys_on_the_gpu_are_close_to_those_on_the_cpu(tiny_folder: Path, tiny_f
 
 
 def test_a_datastore_and_index_built_on_the_gpu_are_those_of_the_cpu(
-    on_cpu: Backbone, on_gpu: Backbone, store: Datastore, tmp_path: Path
+    on_cpu: KeyedModel, on_gpu: KeyedModel, store: Datastore, tmp_path: Path
 ) -> None:
     assert on_gpu.device.type == GPU
     with build_store(on_gpu, tmp_path / "store", PAIRS, 100) as other:
@@ -96,7 +97,7 @@ def test_a_datastore_and_index_built_on_the_gpu_are_those_of_the_cpu(
 
 
 def test_likelihoods_on_the_gpu_are_those_on_the_cpu_and_tuning_ends(
-    on_cpu: Backbone, on_gpu: Backbone, store: Datastore
+    on_cpu: KeyedModel, on_gpu: KeyedModel, store: Datastore
 ) -> None:
     grid = Grid(k=[1, 3, 8], lambda_=[0.25, 0.8], temperature=[5.0, 20.0], nprobe=[2, 4], finalists=2)
     candidates = []
@@ -110,7 +111,7 @@ def test_likelihoods_on_the_gpu_are_those_on_the_cpu_and_tuning_ends(
     assert tuned.plain_log_likelihood == pytest.approx(float(states.log_probs.mean()), abs=1e-4)
 
 
-def test_explanations_on_the_gpu_are_those_on_the_cpu(on_cpu: Backbone, on_gpu: Backbone, store: Datastore) -> None:
+def test_explanations_on_the_gpu_are_those_on_the_cpu(on_cpu: KeyedModel, on_gpu: KeyedModel, store: Datastore) -> None:
     settings = KnnSettings(k=4, lambda_=0.6, temperature=8.0, nprobe=4)
     for source in [pair.src for pair in VALIDATION[:3]]:
         cpu, gpu = (explain(KnnSearch(backbone, store), settings, DECODING, source) for backbone in (on_cpu, on_gpu))
@@ -235,7 +236,7 @@ def test_fewer_entries_than_neighbors_are_filled_up_on_gpus_as_on_the_cpu(clumps
 
 
 @with_faiss
-def test_translations_with_an_index_on_gpus_are_those_with_one_on_the_cpu(on_cpu: Backbone, store: Datastore) -> None:
+def test_translations_with_an_index_on_gpus_are_those_with_one_on_the_cpu(on_cpu: KeyedModel, store: Datastore) -> None:
     settings = KnnSettings(k=4, lambda_=0.6, temperature=8.0, nprobe=4)
     sources = [pair.src for pair in VALIDATION]
     texts = [

@@ -14,7 +14,8 @@ from script_runs import write_config
 from tiny_stores import build_store, by_place, harm_file, write_corpus
 
 import build_index as script
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import build_datastore
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.building.removal import remove_documents
@@ -31,13 +32,13 @@ from lightning_knnmt.storage.errors import DatastoreError
 
 
 @pytest.fixture(scope="module")
-def built(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(backbone: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of the old pairs with an index of every family; to be left as it is."""
     return make_built(backbone, tmp_path_factory.mktemp("built") / "store")
 
 
 @pytest.fixture(scope="module")
-def grown(backbone: Backbone, built: Path) -> Path:
+def grown(backbone: KeyedModel, built: Path) -> Path:
     """A copy with the new pairs appended; to be left as it is."""
     return make_grown(backbone, built, built.parent / "grown" / "store")
 
@@ -62,7 +63,7 @@ def assert_same_neighbors(
 
 
 def test_an_appended_store_is_one_that_was_built_with_all_pairs(
-    backbone: Backbone, grown: Path, tmp_path: Path
+    backbone: KeyedModel, grown: Path, tmp_path: Path
 ) -> None:
     assert verify(grown) == []
     with Datastore(grown) as store, build_store(backbone, tmp_path / "whole", [*OLD, *NEW]) as whole:
@@ -101,7 +102,7 @@ def test_every_index_finds_appended_entries_at_once(built: Path, grown: Path, na
 
 
 def test_pairs_that_are_stored_are_not_appended_again(
-    backbone: Backbone, folder: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: KeyedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     again = [NEW[0], NEW[0], *NEW[:3], OLD[0], replace(OLD[0], document="elsewhere")]
     change = append_pairs(backbone, appending(folder, again))
@@ -117,7 +118,7 @@ def test_pairs_that_are_stored_are_not_appended_again(
     assert numbers[len(OLD)] == NEW[0]
 
 
-def test_building_again_keeps_a_store_that_was_appended_to(backbone: Backbone, folder: Path) -> None:
+def test_building_again_keeps_a_store_that_was_appended_to(backbone: KeyedModel, folder: Path) -> None:
     append_pairs(backbone, appending(folder))
     before = contents(folder)
     config = replace(appending(folder), corpus=write_corpus(folder / "corpus.jsonl", OLD))
@@ -160,7 +161,7 @@ def test_removed_documents_are_never_found(folder: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*.h5")} == shards
 
 
-def test_removed_documents_can_be_appended_again_and_others_removed_later(backbone: Backbone, folder: Path) -> None:
+def test_removed_documents_can_be_appended_again_and_others_removed_later(backbone: KeyedModel, folder: Path) -> None:
     done = remove_documents(folder, ["page-1"])
     again = remove_documents(folder, ["page-1"])
     assert (again.pairs, again.entries, again.removed) == (0, 0, done.removed)
@@ -188,7 +189,7 @@ def test_a_store_without_anything_left_finds_nothing(folder: Path) -> None:
 
 
 def test_a_compacted_store_is_one_built_with_the_remaining_pairs(
-    backbone: Backbone, grown: Path, tmp_path: Path
+    backbone: KeyedModel, grown: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(grown, tmp_path / "store")
     remove_documents(folder, ["page-1"])
@@ -217,7 +218,7 @@ def test_a_compacted_store_is_one_built_with_the_remaining_pairs(
 
 
 def test_training_again_is_advised_when_an_index_has_changed_much(
-    backbone: Backbone, folder: Path, caplog: pytest.LogCaptureFixture
+    backbone: KeyedModel, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     same = [Pair(f"{number} Datei", "file", "same") for number in range(150)]
     caplog.clear()
@@ -234,7 +235,7 @@ def test_training_again_is_advised_when_an_index_has_changed_much(
         assert caplog.text == ""
 
 
-def test_an_open_reader_works_on_while_others_change_the_store(backbone: Backbone, folder: Path) -> None:
+def test_an_open_reader_works_on_while_others_change_the_store(backbone: KeyedModel, folder: Path) -> None:
     with Datastore(folder) as store, Datastore(folder) as late:
         asked = queries(store)
         indexes = {name: open_index(store, name, mmap=True) for name in FACTORIES}
@@ -264,7 +265,7 @@ def test_a_store_lives_through_the_command_line(
     script.main(["build", "--config", str(built)])
     script.main(["append", "--config", str(built), "--datastore.corpus.path", str(new.path)])
     assert "15 pairs appended, 0 were stored before" in capsys.readouterr().err
-    backbone = Backbone(str(marian_folder), device="cpu")
+    backbone = load_model(str(marian_folder), device="cpu")
 
     def documents() -> set[str]:
         with open_search(backbone, store) as search:

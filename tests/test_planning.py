@@ -8,7 +8,7 @@ import pytest
 from tiny_stores import corpus_pairs, write_corpus
 
 from build_index import plan
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.building.plan import Plan, make_plan, to_text
@@ -135,7 +135,7 @@ def config(tmp_path: Path) -> DatastoreConfig:
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,PQ4x4fs,Refine(SQfp16)", "IVF16_HNSW8,SQ8"])
 @pytest.mark.filterwarnings("ignore")
-def test_predicted_sizes_are_those_of_a_build(backbone: Backbone, config: DatastoreConfig, factory: str) -> None:
+def test_predicted_sizes_are_those_of_a_build(backbone: KeyedModel, config: DatastoreConfig, factory: str) -> None:
     index = IndexConfig(factory)
     planned = make_plan(backbone, config, index, sample_pairs=150)
     assert not config.folder.exists()
@@ -155,7 +155,7 @@ def test_predicted_sizes_are_those_of_a_build(backbone: Backbone, config: Datast
     assert all(stage.seconds >= 0 for stage in planned.stages)
 
 
-def test_other_numbers_of_entries_are_extrapolated(backbone: Backbone, config: DatastoreConfig) -> None:
+def test_other_numbers_of_entries_are_extrapolated(backbone: KeyedModel, config: DatastoreConfig) -> None:
     few = make_plan(backbone, config, IndexConfig("Flat"), sample_pairs=50)
     many = make_plan(backbone, config, IndexConfig("Flat"), entries=1_000_000, sample_pairs=50)
     assert many.size.entries == 1_000_000
@@ -165,7 +165,7 @@ def test_other_numbers_of_entries_are_extrapolated(backbone: Backbone, config: D
 
 
 def test_more_lists_than_are_measured_take_room(
-    backbone: Backbone, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
+    backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build_datastore(backbone, config)
     index = IndexConfig("IVF256,PQ4x4fs,Refine(SQfp16)", train_points=1000, overwrite=True)
@@ -188,7 +188,7 @@ def test_a_sample_is_uniform_and_counts_all_pairs(config: DatastoreConfig) -> No
 
 
 def test_the_options_of_a_build_print_a_plan(
-    backbone: Backbone, config: DatastoreConfig, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    backbone: KeyedModel, config: DatastoreConfig, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
         planned = plan(backbone, config, IndexConfig(), Processes(), sample_pairs=50)
@@ -198,7 +198,7 @@ def test_the_options_of_a_build_print_a_plan(
         assert word in to_text(planned)
 
 
-def test_what_cannot_be_planned_is_refused(backbone: Backbone, config: DatastoreConfig, tmp_path: Path) -> None:
+def test_what_cannot_be_planned_is_refused(backbone: KeyedModel, config: DatastoreConfig, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="entries is 0, expected 1 or more"):
         plan(backbone, config, entries=0)
     with pytest.raises(ValueError, match="machines is 0, expected 1 or more"):

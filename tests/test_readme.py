@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError
 from script_parsers import ROOT, SCRIPTS, parse
 
 import evaluate
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.decoding import Decoding
 from lightning_knnmt.index.memory import KnnSettings
 
@@ -98,7 +98,7 @@ def help_of(script: str) -> str:
 @pytest.fixture
 def translate_config(marian_folder: Path, tmp_path: Path) -> Path:
     """The file that `evaluate.py` writes for `translate.py`."""
-    backbone = Backbone(str(marian_folder), device="cpu")
+    backbone = load_model(str(marian_folder), device="cpu")
     path = tmp_path / "translate.yaml"
     text = evaluate.translate_config(backbone, Path("runs/demo/store"), "index", KnnSettings(), Decoding())
     path.write_text(text, encoding="utf-8")

@@ -14,7 +14,7 @@ from tiny_models import GERMAN
 import build_index
 import evaluate
 import init_model
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.scores import corpus_scores
@@ -59,7 +59,7 @@ def test_results_hold_every_setting(domain: Domain):
     for split in ("test", "validation"):
         assert settings[split]["sha256"] == [file_sha256(domain.root / "data" / f"{split}.jsonl")]
         assert settings[split]["sentences"] == 8
-    backbone = Backbone(str(domain.model), device="cpu")
+    backbone = load_model(str(domain.model), device="cpu")
     assert settings["model"]["model_sha256"] == backbone.model_fingerprint
     assert settings["model"]["tokenizer_sha256"] == backbone.tokenizer_fingerprint
     assert settings["model"]["dtype"] == "float32"
@@ -146,7 +146,7 @@ def test_another_model_is_compared_with_a_datastore_of_its_own(
     assert systems["knn_dispersed"]["tuning"]["best"] == systems["knn_dispersed"]["knn"]
     assert set(results["significance"]) == {"knn", "dispersed", "knn_dispersed"}
     sources = domain.sources("test")
-    texts = Translator(Backbone(model, device="cpu"), Decoding(**DECODING)).translate(sources).texts
+    texts = Translator(load_model(model, device="cpu"), Decoding(**DECODING)).translate(sources).texts
     assert systems["dispersed"]["bleu"] == pytest.approx(
         corpus_scores(texts, domain.references("test")).bleu.value, abs=1e-3
     )
@@ -252,7 +252,7 @@ def test_init_model_makes_a_model_that_decodes(
     shape |= {"pre_norm": pre_norm, "tied": tied}
     config = {"train": domain.root / "data" / "train.jsonl", "out": tmp_path / "model", "shape": shape}
     run(init_model.init, "--config", write_config(tmp_path / "init.yaml", config))
-    backbone = Backbone(str(tmp_path / "model"), device="cpu")
+    backbone = load_model(str(tmp_path / "model"), device="cpu")
     assert backbone.key_size == 16
     assert hasattr(backbone.model.get_decoder(), "layer_norm") == pre_norm  # after the last block
     output, embeddings = backbone.model.get_output_embeddings(), backbone.model.get_input_embeddings()

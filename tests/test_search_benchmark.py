@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from tiny_stores import build_store, clumpy_keys, corpus_pairs, write_corpus, write_store
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreConfig
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.building.removal import remove_documents
@@ -196,7 +196,7 @@ def test_growth_is_the_exponent_that_was_planted() -> None:
 
 
 def test_real_datastores_are_measured_and_decoded_with_every_setting(
-    backbone: Backbone, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    backbone: KeyedModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pairs = corpus_pairs(120)
     with build_store(backbone, tmp_path / "store", pairs[:80]) as store:
@@ -234,7 +234,7 @@ def test_real_datastores_are_measured_and_decoded_with_every_setting(
     assert len(files) == 3 and {path: path.stat().st_mtime_ns for path in files} == files
 
 
-def test_a_store_that_has_changed_is_searched_as_it_is_now(backbone: Backbone, tmp_path: Path) -> None:
+def test_a_store_that_has_changed_is_searched_as_it_is_now(backbone: KeyedModel, tmp_path: Path) -> None:
     pairs = corpus_pairs(120)
     build_store(backbone, tmp_path / "store", pairs[:60]).close()
     test = write_corpus(tmp_path / "test.jsonl", pairs[100:]).path

@@ -12,7 +12,8 @@ import pytest
 from living_stores import FACTORIES, NEW, OLD, appending, contents, found, make_built, make_grown, queries
 from tiny_stores import harm_file
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building import updating
 from lightning_knnmt.building.datastore import DatastoreConfig
 from lightning_knnmt.building.removal import remove_documents
@@ -27,13 +28,13 @@ from lightning_knnmt.storage.lock import only_writer
 
 
 @pytest.fixture(scope="module")
-def built(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(backbone: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of the old pairs with an index of every family; to be left as it is."""
     return make_built(backbone, tmp_path_factory.mktemp("built") / "store")
 
 
 @pytest.fixture(scope="module")
-def grown(backbone: Backbone, built: Path) -> Path:
+def grown(backbone: KeyedModel, built: Path) -> Path:
     """A copy with the new pairs appended; to be left as it is."""
     return make_grown(backbone, built, built.parent / "grown" / "store")
 
@@ -74,7 +75,7 @@ def stopping_points(folder: Path, change: Callable[[], object], patch: pytest.Mo
 
 @pytest.mark.parametrize("action", ["append", "compact"])
 def test_a_change_that_is_stopped_has_changed_nothing_and_can_be_repeated(
-    backbone: Backbone, folder: Path, grown: Path, monkeypatch: pytest.MonkeyPatch, action: str
+    backbone: KeyedModel, folder: Path, grown: Path, monkeypatch: pytest.MonkeyPatch, action: str
 ) -> None:
     if action == "compact":
         shutil.rmtree(folder)
@@ -116,7 +117,7 @@ def test_a_change_that_is_stopped_has_changed_nothing_and_can_be_repeated(
 
 
 def test_what_a_process_killed_after_its_change_left_is_cleared_away_by_the_same_command(
-    backbone: Backbone, folder: Path, grown: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: KeyedModel, folder: Path, grown: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def kill(*_: object) -> None:
         raise Killed
@@ -143,11 +144,11 @@ def append_until_killed(model: str, config: DatastoreConfig, steps: int) -> None
         finish(self)
 
     PartialFile.finish = kill  # type: ignore[method-assign]
-    append_pairs(Backbone(model, device="cpu"), config)
+    append_pairs(load_model(model, device="cpu"), config)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
-def test_an_append_that_is_killed_continues_after_its_last_whole_shard(backbone: Backbone, folder: Path) -> None:
+def test_an_append_that_is_killed_continues_after_its_last_whole_shard(backbone: KeyedModel, folder: Path) -> None:
     config = replace(appending(folder), shard_entries=20)
     before = Manifest.load(folder)
     process = get_context("spawn").Process(target=append_until_killed, args=(backbone.name, config, 6))
@@ -166,7 +167,7 @@ def test_an_append_that_is_killed_continues_after_its_last_whole_shard(backbone:
 
 
 def test_another_corpus_than_the_one_that_was_stopped_begins_anew(
-    backbone: Backbone, folder: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: KeyedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = stopping_points(folder, lambda: append_pairs(backbone, appending(folder)), monkeypatch)
     while not next(points).startswith("fast"):  # some indexes have been extended
@@ -179,8 +180,8 @@ def test_another_corpus_than_the_one_that_was_stopped_begins_anew(
         assert all(len(open_index(store, name)) == len(store) for name in FACTORIES)
 
 
-def test_what_does_not_fit_is_refused_and_changes_nothing(backbone: Backbone, folder: Path, tmp_path: Path) -> None:
-    other = Backbone(backbone.name, key_type="ffn_input", device="cpu")
+def test_what_does_not_fit_is_refused_and_changes_nothing(backbone: KeyedModel, folder: Path, tmp_path: Path) -> None:
+    other = load_model(backbone.name, key_type="ffn_input", device="cpu")
     none = tmp_path / "none"
     before = contents(folder)
     with pytest.raises(DatastoreError, match=r"does not fit the model .*key_type decoder_output against ffn_input"):

@@ -12,7 +12,8 @@ import pytest
 import torch
 from tiny_stores import build_store, corpus_pairs, harm_file, write_corpus
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building import verify as datastore_verify
 from lightning_knnmt.building.datastore import DatastoreConfig
 from lightning_knnmt.building.index import build_index
@@ -34,7 +35,7 @@ NAMES = ("flat", "parts")
 
 
 @pytest.fixture(scope="module")
-def built(backbone: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(backbone: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of several shards with two indexes, one of them in parts; to be left as it is."""
     folder = tmp_path_factory.mktemp("built") / "store"
     with build_store(backbone, folder, PAIRS, shard_entries=10) as store:
@@ -48,7 +49,7 @@ def folder(built: Path, tmp_path: Path) -> Path:
     return shutil.copytree(built, tmp_path / "store")
 
 
-def append(backbone: Backbone, folder: Path, number: int = 0) -> None:
+def append(backbone: KeyedModel, folder: Path, number: int = 0) -> None:
     corpus = write_corpus(folder.parent / "new.jsonl", [Pair(f"neu {number}", "new file", f"new-{number}")])
     append_pairs(backbone, DatastoreConfig(folder, corpus, max_tokens=100, shard_entries=10))
 
@@ -67,7 +68,7 @@ def assert_consistent(search: KnnSearch, rescore: int) -> None:
 def open_again_and_again(model: str, folder: Path, pipe: Connection) -> None:
     """Open and search until told to stop, and tell how many states of the store were seen, and the first error."""
     torch.set_num_threads(1)
-    backbone, seen = Backbone(model, device="cpu"), set[str]()
+    backbone, seen = load_model(model, device="cpu"), set[str]()
     pipe.send("ready")
     try:
         while not pipe.poll():
@@ -83,7 +84,7 @@ def open_again_and_again(model: str, folder: Path, pipe: Connection) -> None:
         pipe.send((None, len(seen)))
 
 
-def test_a_process_that_opens_a_store_all_the_time_sees_no_change_half_done(backbone: Backbone, folder: Path) -> None:
+def test_a_process_that_opens_a_store_all_the_time_sees_no_change_half_done(backbone: KeyedModel, folder: Path) -> None:
     ours, theirs = get_context("spawn").Pipe()
     process = get_context("spawn").Process(target=open_again_and_again, args=(backbone.name, folder, theirs))
     process.start()
@@ -125,7 +126,7 @@ MOMENTS = {
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("action", ["append", "remove", "compact"])
 def test_a_change_at_any_moment_of_opening_is_seen_whole_or_not_at_all(
-    backbone: Backbone, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str, action: str
+    backbone: KeyedModel, folder: Path, monkeypatch: pytest.MonkeyPatch, moment: str, action: str
 ) -> None:
     remove_documents(folder, ["page-1"])
     changes = {
@@ -146,7 +147,7 @@ def test_a_change_at_any_moment_of_opening_is_seen_whole_or_not_at_all(
 
 
 def test_a_store_that_is_read_through_while_it_changes_is_not_called_damaged(
-    backbone: Backbone, folder: Path, monkeypatch: pytest.MonkeyPatch
+    backbone: KeyedModel, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
         during(patch, datastore_verify, "file_sha256", lambda: append(backbone, folder))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from training_runs import PAIRS, ROOT, batch_of, column, data_options, fit, logged, logits_of
 from transformers import AutoModelForSeq2SeqLM
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.splits import read_split
 from lightning_knnmt.training import Schedule, TranslationModule
@@ -74,11 +74,11 @@ def test_only_the_way_to_the_logits_changes_and_an_export_is_the_same_function(
     if tied:
         model.config.tie_word_embeddings = True
         model.tie_weights()
-    Backbone(str(tiny_folder), device="cpu", **tiny_family.languages).tokenizer.save_pretrained(tmp_path / "tied")
+    load_model(str(tiny_folder), device="cpu", **tiny_family.languages).tokenizer.save_pretrained(tmp_path / "tied")
     model.save_pretrained(tmp_path / "tied")
     module = TranslationModule(str(tmp_path / "tied"), SCHEDULE, trainable=trainable, **tiny_family.languages)
     module.backbone.eval()
-    original = Backbone(str(tmp_path / "tied"), device="cpu", **tiny_family.languages)
+    original = load_model(str(tmp_path / "tied"), device="cpu", **tiny_family.languages)
     torch.testing.assert_close(logits_of(module.backbone), logits_of(original))
 
     optimizer = module.configure_optimizers()["optimizer"]
@@ -91,7 +91,7 @@ def test_only_the_way_to_the_logits_changes_and_an_export_is_the_same_function(
     module.eval()
     module.backbone.save(tmp_path / "trained")
 
-    reloaded = Backbone(str(tmp_path / "trained"), device="cpu", **tiny_family.languages)
+    reloaded = load_model(str(tmp_path / "trained"), device="cpu", **tiny_family.languages)
     torch.testing.assert_close(logits_of(reloaded), logits_of(module.backbone), rtol=1e-4, atol=1e-4)
     before = model.state_dict()
     after = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "trained").state_dict()
@@ -103,14 +103,14 @@ def test_only_the_way_to_the_logits_changes_and_an_export_is_the_same_function(
 
 
 def test_a_projection_stays_untied_over_two_rounds_of_saving(tiny_folder_of: FolderOf, tmp_path: Path) -> None:
-    backbone = Backbone(str(tiny_folder_of("t5")), device="cpu")
+    backbone = load_model(str(tiny_folder_of("t5")), device="cpu")
     assert backbone.output_projection.weight is backbone.model.shared.weight
     for number in range(2):
         backbone.freeze_below_output()
         with torch.no_grad():
             backbone.output_projection.weight.add_(0.01)
         backbone.save(tmp_path / str(number))
-        again = Backbone(str(tmp_path / str(number)), device="cpu")
+        again = load_model(str(tmp_path / str(number)), device="cpu")
         torch.testing.assert_close(logits_of(again), logits_of(backbone.eval()), rtol=0, atol=0)
         assert torch.equal(again.model.shared.weight, backbone.model.shared.weight)
         backbone = again
@@ -140,7 +140,7 @@ def test_adapters_train_fewer_weights_than_the_layers_that_they_are_on(tiny_fold
         module = TranslationModule(str(tiny_folder_of("marian")), SCHEDULE, trainable=trainable, adapter_rank=2)
         return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
 
-    width, inner, vocabulary = 24, 32, Backbone(str(tiny_folder_of("marian")), device="cpu").vocabulary_size
+    width, inner, vocabulary = 24, 32, load_model(str(tiny_folder_of("marian")), device="cpu").vocabulary_size
     assert trained("last_block") == 2 * width * inner + inner + width + 2 * width + vocabulary * width
     assert trained("adapters") == 2 * (2 * (width + inner) + width + vocabulary) + 2 * width
 
@@ -181,7 +181,7 @@ def test_losses_and_their_gradients_are_those_computed_by_hand(
     )
     first = fit(tmp_path, still_marian, data, *options, steps=1)[0]
     model = AutoModelForSeq2SeqLM.from_pretrained(still_marian).eval()
-    backbone = Backbone(str(still_marian), device="cpu")
+    backbone = load_model(str(still_marian), device="cpu")
     batch = backbone.batch([pair.src for pair in PAIRS[:40]], [pair.tgt for pair in PAIRS[:40]])
     assert batch.labels is not None
     with torch.inference_mode():
@@ -233,7 +233,7 @@ def test_training_with_dispersion_spreads_keys_more_than_without(
         fit(tmp_path / str(gamma), still_marian, data, *options, f"--model.gamma={gamma}", steps=30)
     lengths = []
     for gamma in (0, 10):
-        backbone = Backbone(str(tmp_path / str(gamma) / "model"), device="cpu")
+        backbone = load_model(str(tmp_path / str(gamma) / "model"), device="cpu")
         batch = batch_of(backbone)
         with torch.inference_mode():
             keys = backbone.keys(batch)[batch.target_mask].numpy()
@@ -261,7 +261,7 @@ def test_mixed_precision_trains_float32_weights_to_nearly_the_same_loss(
 def even_data(still_marian: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], int]:
     """Options for eight pairs with as many tokens each, so that batches of four and of eight weigh all the same."""
     folder = tmp_path_factory.mktemp("even")
-    backbone = Backbone(str(still_marian), device="cpu")
+    backbone = load_model(str(still_marian), device="cpu")
     alike: dict[tuple[int, int], list[Pair]] = {}
     for number in range(200):
         pair = Pair(f"{number % 9} {GERMAN[number % 7]}", f"{number % 5} {ENGLISH[number % 7]}")
@@ -308,11 +308,11 @@ def test_two_processes_train_as_one_with_batches_of_twice_the_size(
     rows = logged(tmp_path / "two")
     assert column(rows, "val/loss")[-1] == pytest.approx(column(whole, "val/loss")[-1], rel=1e-3)
     pairs = read_split(Path(data[1].removeprefix("--data.validation=")))
-    targets = Backbone(str(still_marian), device="cpu").tokenize([""] * 8, [pair.tgt for pair in pairs])[1]
+    targets = load_model(str(still_marian), device="cpu").tokenize([""] * 8, [pair.tgt for pair in pairs])[1]
     entries = sum(map(len, targets))
     scanned, imbalance = column(rows, "val/codes_scanned")[-1], column(rows, "val/imbalance_factor")[-1]
     assert scanned == pytest.approx(entries * imbalance, rel=1e-4), "keys of both processes, both lists probed"
-    assert Backbone(str(tmp_path / "two" / "model"), device="cpu").key_size == 24
+    assert load_model(str(tmp_path / "two" / "model"), device="cpu").key_size == 24
 
 
 # ---- checkpoints

@@ -16,7 +16,7 @@ from training_runs import PAIRS, ROOT, column, data_options, logged, logits_of
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 import train
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:LightningCLI.s args parameter", "ignore:Found .* in eval mode", "ignore:.*tied layer"
@@ -93,8 +93,8 @@ def test_the_pretix_configuration_trains_a_folder_that_loads(
     config["trainer"]["callbacks"][0]["init_args"]["nlist"] = 4
     Path("pretix.yaml").write_text(yaml.safe_dump(config))
     train.main(["fit", "--config=pretix.yaml", f"--model.model={tiny_folder_of('marian')}", *data, *short, *small[1:]])
-    exported = Backbone("runs/dispersion/pretix/model", device="cpu")
-    assert not torch.equal(logits_of(exported), logits_of(Backbone(str(tiny_folder_of("marian")), device="cpu")))
+    exported = load_model("runs/dispersion/pretix/model", device="cpu")
+    assert not torch.equal(logits_of(exported), logits_of(load_model(str(tiny_folder_of("marian")), device="cpu")))
     rows = logged(Path("runs/dispersion/pretix/lightning_logs/version_0"))
     assert len(column(rows, "train/dispersion")) == 3 and len(column(rows, "val/imbalance_factor")) == 1
     assert list(Path("runs/dispersion/pretix").rglob("val_list_sizes_*.png"))

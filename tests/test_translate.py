@@ -14,7 +14,7 @@ from test_comet import offline  # noqa: F401, a fixture for every test
 from tiny_models import ENGLISH, GERMAN
 
 import translate
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.index.memory import KnnSettings, open_search
 
@@ -35,7 +35,7 @@ def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
 @pytest.fixture
 def expected(domain: Domain) -> Iterator[Callable[[list[str]], list[str]]]:
     """Translations by the tuned settings."""
-    backbone = Backbone(str(domain.model), device="cpu")
+    backbone = load_model(str(domain.model), device="cpu")
     with open_search(backbone, domain.root / "store") as search:
         settings = KnnSettings(**domain.results["settings"]["knn"])
         yield lambda sources: search.translator(settings, Decoding(**DECODING)).translate(sources).texts
@@ -77,7 +77,7 @@ def test_without_a_datastore_it_is_the_plain_model_from_file_to_file(domain: Dom
     (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in GERMAN), encoding="utf-8")
     args = ("--backbone.model", domain.model, "--backbone.device", "cpu", "--decoding.max_new_tokens", "9")
     run(translate.translate, *args, "--input", tmp_path / "in.txt", "--output", tmp_path / "out.txt")
-    plain = Translator(Backbone(str(domain.model), device="cpu"), Decoding(max_new_tokens=9)).translate(GERMAN).texts
+    plain = Translator(load_model(str(domain.model), device="cpu"), Decoding(max_new_tokens=9)).translate(GERMAN).texts
     assert (tmp_path / "out.txt").read_text(encoding="utf-8").splitlines() == plain
 
 

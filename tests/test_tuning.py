@@ -13,7 +13,8 @@ from tiny_models import TINY_FAMILIES
 from tiny_stores import build_store, corpus_pairs
 from transformers import AutoModelForSeq2SeqLM
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore
@@ -38,12 +39,12 @@ DECODING = Decoding(beams=1, batch_size=4, max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
-def marian(marian_folder: Path) -> Backbone:
-    return Backbone(str(marian_folder), device="cpu")
+def marian(marian_folder: Path) -> KeyedModel:
+    return load_model(str(marian_folder), device="cpu")
 
 
 @pytest.fixture(scope="module")
-def store(marian: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
+def store(marian: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
     with build_store(marian, tmp_path_factory.mktemp("tuning") / "store", corpus_pairs(40), 100) as store:
         build_index(store, IndexConfig("IVF4,Flat", train_points=160))
         build_index(store, IndexConfig("Flat", name="flat"))
@@ -51,7 +52,7 @@ def store(marian: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 @pytest.fixture
-def search(marian: Backbone, store: Datastore) -> KnnSearch:
+def search(marian: KeyedModel, store: Datastore) -> KnnSearch:
     return KnnSearch(marian, store)
 
 
@@ -74,7 +75,7 @@ def _all_keys(store: Datastore) -> np.ndarray:
 
 
 def _dense_log_likelihoods(
-    model: Any, pair: Pair, backbone: Backbone, store: Datastore, settings: KnnSettings
+    model: Any, pair: Pair, backbone: KeyedModel, store: Datastore, settings: KnnSettings
 ) -> list[float]:
     """log p of each reference token of one pair, by Hugging Face's own logits and a search and mixture in numpy."""
     batch = backbone.batch([pair.src], [pair.tgt])
@@ -98,7 +99,7 @@ def _dense_log_likelihoods(
 
 
 def test_likelihood_of_every_setting_is_that_of_dense_mixtures(
-    search: KnnSearch, store: Datastore, marian: Backbone, marian_folder: Path
+    search: KnnSearch, store: Datastore, marian: KeyedModel, marian_folder: Path
 ):
     model = AutoModelForSeq2SeqLM.from_pretrained(marian_folder).eval()
     states = reference_states(marian, VALIDATION, max_tokens=30)
@@ -116,7 +117,7 @@ def test_likelihood_of_every_setting_is_that_of_dense_mixtures(
         assert candidate.log_likelihood == pytest.approx(sum(tokens) / len(tokens), abs=2e-4)
 
 
-def test_likelihood_at_a_smaller_nprobe_is_that_of_its_own_search(search: KnnSearch, marian: Backbone):
+def test_likelihood_at_a_smaller_nprobe_is_that_of_its_own_search(search: KnnSearch, marian: KeyedModel):
     states = reference_states(marian, VALIDATION, max_tokens=64)
     for candidate in likelihoods(search, states, GRID):
         settings = candidate.settings
@@ -131,7 +132,7 @@ def test_likelihood_at_a_smaller_nprobe_is_that_of_its_own_search(search: KnnSea
 
 
 def test_neighbors_are_retrieved_once_for_each_nprobe(
-    search: KnnSearch, marian: Backbone, retrievals: list[tuple[int, int, int]]
+    search: KnnSearch, marian: KeyedModel, retrievals: list[tuple[int, int, int]]
 ):
     states = reference_states(marian, VALIDATION, max_tokens=64)
     likelihoods(search, states, GRID)
@@ -139,7 +140,7 @@ def test_neighbors_are_retrieved_once_for_each_nprobe(
 
 
 def test_nprobe_beyond_the_lists_and_without_lists_is_tried_once(
-    marian: Backbone, store: Datastore, retrievals: list[tuple[int, int, int]]
+    marian: KeyedModel, store: Datastore, retrievals: list[tuple[int, int, int]]
 ):
     states = reference_states(marian, VALIDATION, max_tokens=64)
     grid = Grid(k=[2], lambda_=[0.5], temperature=[1.0], nprobe=[2, 4, 8, 16])
@@ -154,14 +155,14 @@ def test_nprobe_beyond_the_lists_and_without_lists_is_tried_once(
 @pytest.mark.parametrize("name", ["m2m100", "marian"])
 def test_reference_states_leave_out_only_what_decoding_forces(name: str, tiny_folder_of: Callable[[str], Path]):
     folder, family = tiny_folder_of(name), TINY_FAMILIES[name]
-    backbone = Backbone(str(folder), device="cpu", **family.languages)
+    backbone = load_model(str(folder), device="cpu", **family.languages)
     states = reference_states(backbone, VALIDATION, max_tokens=40)
     ids = backbone.tokenize([pair.src for pair in VALIDATION], [pair.tgt for pair in VALIDATION])[1]
     first = 1 if name == "m2m100" else 0
     assert sorted(states.tokens.tolist()) == sorted(token for row in ids for token in row[first:])
 
 
-def test_an_improbable_reference_has_a_finite_likelihood(search: KnnSearch, marian: Backbone):
+def test_an_improbable_reference_has_a_finite_likelihood(search: KnnSearch, marian: KeyedModel):
     states = reference_states(marian, VALIDATION, max_tokens=64)
     states = replace(states, log_probs=torch.full_like(states.log_probs, -400.0))  # exp gives 0 in float32
     for candidate in likelihoods(search, states, GRID):
@@ -259,7 +260,7 @@ def test_sources_that_the_datastore_holds_are_counted_and_warned_of(
     assert "validation sources" not in caplog.text
 
 
-def test_the_plain_models_bleu_is_reported_beside_the_finalists(search: KnnSearch, marian: Backbone) -> None:
+def test_the_plain_models_bleu_is_reported_beside_the_finalists(search: KnnSearch, marian: KeyedModel) -> None:
     tuning = tune(search, VALIDATION, GRID, DECODING)
     texts = Translator(marian, DECODING).translate([pair.src for pair in VALIDATION]).texts
     assert tuning.plain_bleu == corpus_scores(texts, [pair.tgt for pair in VALIDATION]).bleu.value

@@ -88,7 +88,7 @@ class TinyFamily:
 
     @property
     def languages(self) -> dict[str, str]:
-        """What Backbone has to be told about the languages."""
+        """What KeyedModel has to be told about the languages."""
         return {"src_lang": self.src_lang, "tgt_lang": self.tgt_lang} if self.src_lang and self.tgt_lang else {}
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tiny_models import ENGLISH, GERMAN
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile
@@ -35,7 +35,7 @@ def write_corpus(path: Path, pairs: Sequence[Pair]) -> CorpusFile:
     return CorpusFile(path)
 
 
-def build_store(backbone: Backbone, folder: Path, pairs: Sequence[Pair], shard_entries: int = 1 << 20) -> Datastore:
+def build_store(backbone: KeyedModel, folder: Path, pairs: Sequence[Pair], shard_entries: int = 1 << 20) -> Datastore:
     """A datastore of some pairs, open."""
     folder.mkdir(parents=True)
     corpus = write_corpus(folder / "corpus.jsonl", pairs)

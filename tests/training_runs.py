@@ -9,7 +9,8 @@ from tiny_stores import corpus_pairs
 from torch import Tensor
 
 import train
-from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.backbone.batch import Batch
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.splits import write_splits
 
@@ -56,12 +57,12 @@ def column(rows: list[dict[str, float]], name: str) -> list[float]:
     return [row[name] for row in rows if name in row]
 
 
-def batch_of(backbone: Backbone) -> Batch:
+def batch_of(backbone: KeyedModel) -> Batch:
     """The validation pairs."""
     return backbone.batch([pair.src for pair in PAIRS[40:]], [pair.tgt for pair in PAIRS[40:]])
 
 
-def logits_of(backbone: Backbone) -> Tensor:
+def logits_of(backbone: KeyedModel) -> Tensor:
     """Logits of the validation pairs' tokens, shape (N, V)."""
     with torch.inference_mode():
         batch = batch_of(backbone)

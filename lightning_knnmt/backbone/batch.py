@@ -32,11 +32,20 @@ class Batch:
         )
 
     @property
-    def target_mask(self) -> Tensor:
-        """True where a label is a token, shape (B, T)."""
+    def target_labels(self) -> Tensor:
+        """The labels, shape (B, T).
+
+        Raises:
+            ValueError: There are none.
+        """
         if self.labels is None:
             raise ValueError("the batch has no labels, expected a batch made with target texts")
-        return self.labels != IGNORED
+        return self.labels
+
+    @property
+    def target_mask(self) -> Tensor:
+        """True where a label is a token, shape (B, T)."""
+        return self.target_labels != IGNORED
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from lightning_knnmt.backbone.tokenization import FSMTTokenizer
+
+if TYPE_CHECKING:
+    from lightning_knnmt.backbone.keyed_model import KeyedModel
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,23 @@ FAMILIES: dict[str, Family] = {
         tokenizer=FSMTTokenizer,
     ),
 }
+
+
+def model_class_of(model: str) -> "type[KeyedModel]":
+    """The class that loads a model.
+
+    Raises:
+        OSError: There is no such folder, and the hub has no such model or cannot be reached.
+    """
+    from lightning_knnmt.backbone.seq2seq import Seq2SeqModel
+
+    try:
+        AutoConfig.from_pretrained(model)
+    except OSError as error:
+        raise OSError(
+            f"model {model!r} is no folder with a config.json here, and the hub gave none of that name: {error}"
+        ) from error
+    return Seq2SeqModel
 
 
 def family_of(config: PretrainedConfig, name: str) -> Family:

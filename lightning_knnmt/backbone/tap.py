@@ -20,6 +20,12 @@ class KeyTap:
     def __init__(self) -> None:
         self.keys: Tensor | None = None
 
+    @property
+    def latest(self) -> Tensor:
+        """The keys of a pass that has been."""
+        assert self.keys is not None
+        return self.keys
+
 
 @contextmanager
 def tap_input(module: nn.Module, time_first: bool = False, stop: bool = False) -> Iterator[KeyTap]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreConfig, corpus_sha256, encode_rest
 from lightning_knnmt.building.encoder import cut, items_of
 from lightning_knnmt.data.pairs import Pair
@@ -37,7 +37,7 @@ class NewPairs:
     known: int
 
 
-def encode_new(backbone: Backbone, config: DatastoreConfig, store: Datastore) -> NewPairs:
+def encode_new(backbone: KeyedModel, config: DatastoreConfig, store: Datastore) -> NewPairs:
     """Write the pairs of a corpus that a datastore lacks into further shards, and say so in `building.json`.
 
     An earlier run that was stopped is continued after its last whole shard. Nothing that the datastore has is touched.

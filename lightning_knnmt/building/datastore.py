@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.backbone.tokenization import token_ids
 from lightning_knnmt.building.encoder import TOKENIZED_AT_ONCE, Item, cut, items_of, one_ahead, write_shard
 from lightning_knnmt.building.leftovers import remove_leftovers
@@ -74,7 +74,7 @@ class DatastoreBuild:
     kept: bool
 
 
-def build_datastore(backbone: Backbone, config: DatastoreConfig, ranks: Ranks = Ranks()) -> DatastoreBuild:
+def build_datastore(backbone: KeyedModel, config: DatastoreConfig, ranks: Ranks = Ranks()) -> DatastoreBuild:
     """Write keys and values of every target token of a corpus.
 
     A datastore that is already there is kept if the same model, tokenizer, key type and corpus would make it again.
@@ -133,7 +133,9 @@ def build_datastore(backbone: Backbone, config: DatastoreConfig, ranks: Ranks = 
     return DatastoreBuild(manifest, manifest.entries - begun.entries, kept=False)
 
 
-def _shards(backbone: Backbone, config: DatastoreConfig, first: int, ranks: Ranks) -> tuple[int, Iterator[list[Item]]]:
+def _shards(
+    backbone: KeyedModel, config: DatastoreConfig, first: int, ranks: Ranks
+) -> tuple[int, Iterator[list[Item]]]:
     """How many pairs the corpus has, and those of each shard, from the first pair on, that falls to this rank.
 
     One process cuts shards while it tokenizes. Several must know where shards begin before they can share them out.
@@ -158,7 +160,7 @@ def _shards(backbone: Backbone, config: DatastoreConfig, first: int, ranks: Rank
     return total, shards
 
 
-def _target_lengths(backbone: Backbone, pairs: Iterator[Pair], ranks: Ranks) -> NDArray[np.int32]:
+def _target_lengths(backbone: KeyedModel, pairs: Iterator[Pair], ranks: Ranks) -> NDArray[np.int32]:
     """Target tokens of each pair, to which every rank contributes blocks."""
     own = []
     for number, rows in enumerate(iter(lambda: list(islice(pairs, TOKENIZED_AT_ONCE)), [])):
@@ -171,7 +173,7 @@ def _target_lengths(backbone: Backbone, pairs: Iterator[Pair], ranks: Ranks) -> 
     return np.concatenate([np.empty(0, np.int32), *blocks])
 
 
-def _items_of_spans(backbone: Backbone, pairs: Iterator[Pair], spans: list[range]) -> Iterator[list[Item]]:
+def _items_of_spans(backbone: KeyedModel, pairs: Iterator[Pair], spans: list[range]) -> Iterator[list[Item]]:
     numbered, position = enumerate(pairs), 0
     for span in spans:
         yield list(items_of(backbone, islice(numbered, span.start - position, span.stop - position)))
@@ -179,7 +181,12 @@ def _items_of_spans(backbone: Backbone, pairs: Iterator[Pair], spans: list[range
 
 
 def encode_rest(
-    backbone: Backbone, config: DatastoreConfig, begun: Manifest, total: int, shards: Iterator[list[Item]], ranks: Ranks
+    backbone: KeyedModel,
+    config: DatastoreConfig,
+    begun: Manifest,
+    total: int,
+    shards: Iterator[list[Item]],
+    ranks: Ranks,
 ) -> Manifest:
     """Add the missing shards, of which each rank writes one in every round.
 
@@ -282,7 +289,7 @@ def _reading(corpus: CorpusFile) -> dict[str, Any]:
     return {"format": corpus.file_format, **{name: getattr(corpus, name) for name in names}}
 
 
-def _encoding(backbone: Backbone, config: DatastoreConfig) -> dict[str, Any]:
+def _encoding(backbone: KeyedModel, config: DatastoreConfig) -> dict[str, Any]:
     dtype = str(backbone.output_projection.weight.dtype).removeprefix("torch.")
     device = backbone.device.type
     return {"max_tokens": config.max_tokens, "max_padding": config.max_padding, "dtype": dtype, "device": device}

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_knnmt.backbone import Backbone, Batch, collate
+from lightning_knnmt.backbone.batch import Batch, collate
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.boxes import box_batches
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore.shard import KEY_DTYPE, ShardWriter
@@ -34,13 +35,13 @@ class Item:
     tgt: list[int]
 
 
-def items_of(backbone: Backbone, pairs: Iterator[tuple[int, Pair]]) -> Iterator[Item]:
+def items_of(backbone: KeyedModel, pairs: Iterator[tuple[int, Pair]]) -> Iterator[Item]:
     """Tokenize numbered pairs in their order, a block at a time."""
     while rows := list(islice(pairs, TOKENIZED_AT_ONCE)):
-        sources, targets = backbone.tokenize([pair.src for _, pair in rows], [pair.tgt for _, pair in rows])
-        for (number, pair), src, tgt in zip(rows, sources, targets, strict=True):
+        ids = backbone.tokenize([pair.src for _, pair in rows], [pair.tgt for _, pair in rows])
+        for (number, pair), src, tgt in zip(rows, ids.src, ids.tgt, strict=True):
             yield Item(number, pair, src, tgt)
-        del rows, sources, targets, pair
+        del rows, ids, pair
 
 
 def cut(items: Iterable[T], entries_of: Callable[[T], int], shard_entries: int) -> Iterator[list[T]]:
@@ -73,7 +74,7 @@ def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
 
 
 def write_shard(
-    backbone: Backbone,
+    backbone: KeyedModel,
     items: list[Item],
     path: Path,
     max_tokens: int,

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.appending import encode_new
 from lightning_knnmt.building.compaction import compact_shards, needs_copying
 from lightning_knnmt.building.datastore import DatastoreConfig
@@ -52,7 +52,7 @@ class Change:
     indexes: dict[str, IndexReport]
 
 
-def append_pairs(backbone: Backbone, config: DatastoreConfig) -> Change:
+def append_pairs(backbone: KeyedModel, config: DatastoreConfig) -> Change:
     """Encode the pairs of a corpus that a datastore lacks, and add their keys to all of its indexes.
 
     Indexes keep their lists and codes as they were trained.

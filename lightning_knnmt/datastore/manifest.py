@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.datastore.removed import RemovedInfo
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import file_sha256, is_inside, sync_folder
@@ -79,17 +79,17 @@ class Provenance:
             raise ValueError(f"key_size is {self.key_size}, expected 1 to {LARGEST_KEY}")
 
     @classmethod
-    def of(cls, backbone: Backbone) -> "Provenance":
+    def of(cls, backbone: KeyedModel) -> "Provenance":
         """What keys made by this backbone come from."""
         return cls(
             model=backbone.name,
             model_sha256=backbone.model_fingerprint,
             tokenizer_sha256=backbone.tokenizer_fingerprint,
-            key_type=backbone.key_type,
+            key_type=backbone.config.key_type,
             key_size=backbone.key_size,
-            src_lang=backbone.src_lang,
-            tgt_lang=backbone.tgt_lang,
-            src_prefix=backbone.src_prefix,
+            src_lang=backbone.config.src_lang,
+            tgt_lang=backbone.config.tgt_lang,
+            src_prefix=backbone.config.src_prefix,
         )
 
     def differences(self, other: "Provenance") -> list[str]:

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore.manifest import FILE_NAME, Provenance, read_manifest
 from lightning_knnmt.datastore.removed import Removed
@@ -177,7 +177,7 @@ class Datastore:
         for shard in self.shards:
             yield from shard.file["src"].asstr()[:][shard.kept]
 
-    def check(self, backbone: Backbone) -> None:
+    def check(self, backbone: KeyedModel) -> None:
         """Refuse a model whose states cannot be compared with the stored keys.
 
         Raises:

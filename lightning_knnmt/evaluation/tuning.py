@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_knnmt.backbone import Backbone, collate
+from lightning_knnmt.backbone.batch import collate
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.batching import token_budget_batches
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile
@@ -164,7 +165,7 @@ def count_stored(datastore: Datastore, splits: Mapping[str, Sequence[Pair]]) -> 
 
 
 @torch.inference_mode()
-def reference_states(backbone: Backbone, pairs: Sequence[Pair], max_tokens: int) -> ReferenceStates:
+def reference_states(backbone: KeyedModel, pairs: Sequence[Pair], max_tokens: int) -> ReferenceStates:
     """States, tokens and plain log-probabilities of the references of some pairs, in one teacher-forced pass.
 
     A first token that decoding forces is left out: nothing is predicted there.

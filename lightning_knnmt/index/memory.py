@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.index.config import Device
@@ -58,7 +58,7 @@ class KnnSearch:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: KeyedModel,
         datastore: Datastore,
         index: str = "index",
         mmap: bool = False,
@@ -83,7 +83,7 @@ class KnnSearch:
 
 @contextmanager
 def open_search(
-    backbone: Backbone, datastore: Path, index: str = "index", mmap: bool = False, device: Device = "cpu"
+    backbone: KeyedModel, datastore: Path, index: str = "index", mmap: bool = False, device: Device = "cpu"
 ) -> Iterator[KnnSearch]:
     """Open a datastore and its index for as long as the block runs, though others change them."""
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import distributed
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.storage.errors import DatastoreError
 
 T = TypeVar("T")
@@ -97,7 +97,7 @@ class Processes:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
 
     @contextmanager
-    def start(self, backbone: Backbone) -> Iterator[Ranks]:
+    def start(self, backbone: KeyedModel) -> Iterator[Ranks]:
         """Start what is not started yet, each process with its backbone on its own device.
 
         Raises:

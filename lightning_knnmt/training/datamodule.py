@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_knnmt.backbone import Batch, collate
+from lightning_knnmt.backbone.batch import Batch, collate
 from lightning_knnmt.data.batching import TokenBudgetSampler
 from lightning_knnmt.data.splits import read_split
 from lightning_knnmt.training.resuming import ResumableBatches
@@ -68,7 +68,7 @@ class TranslationDataModule(L.LightningDataModule):
                 if not pairs:
                     raise ValueError(f"{name} is {self.files[name]}, which is empty; expected one pair or more")
                 ids = backbone.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])
-                self.splits[name] = TokenizedPairs(ids[0], ids[1])
+                self.splits[name] = TokenizedPairs(ids.src, ids.tgt)
         self._pad_id = backbone.pad_id
 
     def _loader(self, name: str, max_tokens: int, shuffle: bool) -> DataLoader[tuple[list[int], list[int]]]:

@@ -7,7 +7,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lightning_knnmt.backbone import Batch
+from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.index.clustering import assign_to_lists
 from lightning_knnmt.index.config import choose_nlist
 from lightning_knnmt.training.metrics import (

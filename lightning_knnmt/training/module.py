@@ -11,7 +11,8 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_knnmt.backbone import Backbone, Batch
+from lightning_knnmt.backbone.batch import Batch
+from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.dispersion import Dispersion
 from lightning_knnmt.training.schedule import Schedule
 
@@ -67,7 +68,7 @@ class TranslationModule(L.LightningModule):
         self.label_smoothing = label_smoothing
         self.dispersion = dispersion
         self.gamma = gamma
-        self.backbone = Backbone(model, src_lang=src_lang, tgt_lang=tgt_lang, device="cpu")  # Lightning moves it
+        self.backbone = load_model(model, src_lang=src_lang, tgt_lang=tgt_lang, device="cpu")  # Lightning moves it
         if trainable != "all":
             self.backbone.freeze_below_output(adapter_rank if trainable == "adapters" else None)
         self.backbone.train()  # Hugging Face loads models for evaluation, and Lightning keeps that

@@ -5,7 +5,7 @@ from itertools import islice
 
 from torch.utils.data import DataLoader
 
-from lightning_knnmt.backbone import Batch
+from lightning_knnmt.backbone.batch import Batch
 
 
 class ResumableBatches:

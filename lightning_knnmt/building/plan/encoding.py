@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreConfig
 from lightning_knnmt.building.encoder import items_of, write_shard
 from lightning_knnmt.data.boxes import box_batches
@@ -37,7 +37,7 @@ class EncodingRates:
     batches: float  # bytes that batches take beside
 
 
-def measure_encoding(backbone: Backbone, config: DatastoreConfig, pairs: int, folder: Path) -> EncodingRates:
+def measure_encoding(backbone: KeyedModel, config: DatastoreConfig, pairs: int, folder: Path) -> EncodingRates:
     """Encode some pairs of a corpus with the code that builds datastores, after the longest batch as a warm-up.
 
     Batches are as full as those of a whole shard: they are made from several times as many pairs, and every so many-th

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from lightning_knnmt.backbone import Backbone
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreConfig
 from lightning_knnmt.building.index import plan_training
 from lightning_knnmt.building.plan.encoding import measure_encoding
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def make_plan(
-    backbone: Backbone,
+    backbone: KeyedModel,
     datastore: DatastoreConfig,
     index: IndexConfig = IndexConfig(),
     entries: int | None = None,

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_knnmt.backbone import Batch
+from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.mapped_keys import MappedKeys
 from lightning_knnmt.index.rescoring import rescore

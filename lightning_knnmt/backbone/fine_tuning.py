@@ -1,12 +1,29 @@
 """Fine-tuning the way to the logits: untied output projections, adapters, and how both are saved."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_knnmt.backbone.families import Family
 
-def untie(model: PreTrainedModel, projection: nn.Linear) -> None:
+
+def freeze_below_output(model: PreTrainedModel, family: Family, adapter_rank: int | None) -> None:
+    """Leave only the way from the last decoder block to the logits trainable; see `PretrainedModel`."""
+    projection: Any = family.output_projection(model)
+    untie(model, projection)
+    model.requires_grad_(False)
+    family.final_norm(model).requires_grad_(True)
+    layers = [*family.feed_forward_layers(model), projection]
+    if adapter_rank is None:
+        for layer in layers:
+            layer.requires_grad_(True)
+    else:
+        add_adapters(model, layers, adapter_rank)
+
+
+def untie(model: PreTrainedModel, projection: Any) -> None:
     """Give the output projection weights of its own, which stay its own when the model is saved and loaded again.
 
     T5's configuration cannot say so: Hugging Face unties its projection when it finds other weights than the

@@ -1,0 +1,86 @@
+"""Pretrained Hugging Face translation models: encoder and decoder."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+from lightning_knnmt.backbone.batch import Batch, collate
+from lightning_knnmt.backbone.config import BackboneConfig
+from lightning_knnmt.backbone.families import family_of, position_limit
+from lightning_knnmt.backbone.keyed_model import TokenIds
+from lightning_knnmt.backbone.languages import decoder_start, set_languages
+from lightning_knnmt.backbone.pretrained import PretrainedModel
+from lightning_knnmt.backbone.tokenization import token_ids
+
+
+class Seq2SeqModel(PretrainedModel):
+    """An encoder-decoder translation model: Marian, M2M100/NLLB, mBART, T5, FSMT and what is built like them.
+
+    Args:
+        config: Hub name or folder, languages, key type, device and type of the weights.
+
+    Raises:
+        ValueError: An option does not fit the model.
+        OSError: There is no such folder, and the hub has no such model or cannot be reached.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__(config)
+        hub = AutoConfig.from_pretrained(config.model)
+        self.family = family_of(hub, self.name)
+        self.position_limit = position_limit(hub)
+        self.tokenizer = self.family.tokenizer.from_pretrained(config.model)
+        set_languages(self.tokenizer, self.name, config.src_lang, config.tgt_lang)
+        self.place(AutoModelForSeq2SeqLM.from_pretrained(config.model, dtype=getattr(torch, config.dtype)))
+        start = decoder_start(self.model, self.tokenizer, config.tgt_lang)
+        self.start_id, self.forced_id = start.start_id, start.forced_id
+
+    def tokenize(self, sources: Sequence[str], targets: Sequence[str] | None = None) -> TokenIds:
+        """Token ids of sources and, where given, of targets; what is longer than the positions is cut and counted."""
+        prefixed = [self.config.src_prefix + text for text in sources]
+        src, cut = token_ids(self.tokenizer, "text", prefixed, self.position_limit)
+        if targets is None:
+            return TokenIds(src, [], cut)
+        tgt, cut_targets = token_ids(self.tokenizer, "text_target", targets, self.position_limit)
+        return TokenIds(src, tgt, cut + cut_targets)
+
+    def batch(self, sources: Sequence[str], targets: Sequence[str] | None = None) -> Batch:
+        """Tokenize and pad B sentences, on the model's device."""
+        ids = self.tokenize(sources, targets)
+        return collate(ids.src, None if targets is None else ids.tgt, self.pad_id).to(self.device)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits of a teacher-forced pass, shape (B, T, V).
+
+        Raises:
+            ValueError: The batch has no labels.
+        """
+        labels = batch.target_labels.masked_fill(~batch.target_mask, self.pad_id)
+        start = labels.new_full((len(labels), 1), self.start_id)
+        output = self.model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            decoder_input_ids=torch.cat([start, labels[:, :-1]], dim=1),
+            use_cache=False,
+        )
+        return cast(Tensor, output.logits)
+
+    def generate(self, batch: Batch, **options: Any) -> Tensor:
+        """Hugging Face's `generate`, begun as the target language asks, shape (sequences, T)."""
+        options.setdefault("decoder_start_token_id", self.start_id)
+        if self.forced_id is not None:
+            options.setdefault("forced_bos_token_id", self.forced_id)
+        with torch.inference_mode():
+            return cast(
+                Tensor,
+                cast(Any, self.model).generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options),
+            )
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no part of a translation's text."""
+        return frozenset(self.tokenizer.all_special_ids)

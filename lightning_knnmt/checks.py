@@ -1,0 +1,105 @@
+"""Checks of options, all in the same words: what was given, what was expected."""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+
+def check_at_least(least: int, **options: int | None) -> None:
+    """Refuse a whole number that is too small; None is no number, and passes.
+
+    Args:
+        least: The smallest that is accepted.
+        options: Values by the names of their options.
+
+    Raises:
+        ValueError: One is smaller, or no whole number.
+
+    >>> check_at_least(1, k=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: k is 0, expected 1 or more
+    """
+    for name, value in options.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ValueError(f"{name} is {value!r}, expected {least} or more")
+
+
+def check_number(above_zero: bool = False, **options: float | None) -> None:
+    """Refuse a number that is negative or not finite; None passes.
+
+    Args:
+        above_zero: Refuse 0 too.
+        options: Values by the names of their options.
+
+    Raises:
+        ValueError: One does not fit.
+
+    >>> check_number(above_zero=True, temperature=0)
+    Traceback (most recent call last):
+    ...
+    ValueError: temperature is 0, expected more than 0 and finite
+    """
+    for name, value in options.items():
+        if value is not None and (not math.isfinite(value) or value < 0 or (above_zero and value == 0)):
+            raise ValueError(f"{name} is {value!r}, expected {'more than 0' if above_zero else '0 or more'} and finite")
+
+
+def check_share(**options: float) -> None:
+    """Refuse a number that is not within 0 and 1.
+
+    Args:
+        options: Values by the names of their options.
+
+    Raises:
+        ValueError: One does not fit.
+
+    >>> check_share(lambda_=1.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: lambda_ is 1.5, expected 0 to 1
+    """
+    for name, value in options.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value!r}, expected 0 to 1")
+
+
+def check_one_of(choices: Iterable[Any], **options: Any) -> None:
+    """Refuse what is none of some choices.
+
+    Args:
+        choices: What is accepted.
+        options: Values by the names of their options.
+
+    Raises:
+        ValueError: One is none of them.
+
+    >>> check_one_of(("cpu", "gpu"), device="tpu")
+    Traceback (most recent call last):
+    ...
+    ValueError: device is 'tpu', expected one of cpu, gpu
+    """
+    known = tuple(choices)
+    for name, value in options.items():
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, known))}")
+
+
+def check_texts(**options: Any) -> None:
+    """Refuse one text where a list of texts is expected: it would be taken letter by letter.
+
+    Args:
+        options: Values by the names of their options.
+
+    Raises:
+        TypeError: One is a string.
+
+    >>> check_texts(sources="Guten Tag")
+    Traceback (most recent call last):
+    ...
+    TypeError: sources is one string, 'Guten Tag', expected a list of strings: write ['Guten Tag']
+    """
+    for name, value in options.items():
+        if isinstance(value, str):
+            shown = value if len(value) <= 40 else f"{value[:40]}…"
+            raise TypeError(f"{name} is one string, {shown!r}, expected a list of strings: write [{shown!r}]")
