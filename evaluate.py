@@ -3,19 +3,21 @@
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.backbone.keyed_model import KeyedModel
-from lightning_knnmt.cli import log_cut, run_script
+from lightning_knnmt.checks import check_at_least
+from lightning_knnmt.cli import run_script
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.datastore import Provenance
 from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.decoding_together import SharedTranslator
 from lightning_knnmt.evaluation.comet import CometScorer, CometUnavailableError
 from lightning_knnmt.evaluation.comparison import Contender, SystemResult, run_systems
 from lightning_knnmt.evaluation.explanation import explain, explanation_lines
@@ -33,20 +35,41 @@ from lightning_knnmt.evaluation.report import (
 from lightning_knnmt.evaluation.scores import paired_bootstrap
 from lightning_knnmt.evaluation.tuning import Tune, Tuning, check_apart, count_stored, tune
 from lightning_knnmt.index.config import Device
-from lightning_knnmt.index.memory import KnnSearch, KnnSettings, open_search
+from lightning_knnmt.index.memory import DatastoreMemory, open_memory
+from lightning_knnmt.index.opening import load_index
+from lightning_knnmt.knn.combiners.combiner import Combiner
+from lightning_knnmt.knn.gates import Gate
+from lightning_knnmt.knn.mixture import PlainModel
+from lightning_knnmt.knn.retrievers.retriever import Retriever
+from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.storage.files import file_sha256
+from lightning_knnmt.storage.ranks import Processes, Ranks
 from lightning_knnmt.timing import peak_memory_mb
 
 log = logging.getLogger("lightning_knnmt.evaluate")
 
 
+@dataclass(frozen=True)
+class System:
+    """A model with a memory of its own, and how neighbors are mixed in."""
+
+    model: KeyedModel
+    memory: DatastoreMemory
+    index: str
+    mixture: MixtureConfig
+    tuning: Tuning | None = None
+
+
 def evaluate(
-    backbone: KeyedModel,
+    backbone: BackboneConfig,
     datastore: Path,
     test: CorpusFile,
     out: Path,
     index: str = "index",
     knn: KnnSettings = KnnSettings(),
+    retriever: Retriever | None = None,
+    combiner: Combiner | None = None,
+    gate: Gate | None = None,
     tuning: Tune | None = None,
     others: dict[str, Contender] | None = None,
     decoding: Decoding = Decoding(),
@@ -55,6 +78,8 @@ def evaluate(
     comet: str | None = None,
     examples: int = 3,
     index_device: Device = "cpu",
+    mmap: bool = False,
+    processes: Processes = Processes(),
 ) -> None:
     """Translate a test split with the plain model and with kNN, and report quality and speed of both.
 
@@ -64,8 +89,11 @@ def evaluate(
         test: The test split.
         out: Folder for results.json, results.md, translate.yaml and cluster_sizes.png.
         index: Name of the datastore's index.
-        knn: Settings of the search, where they are not tuned.
-        tuning: Choose the settings on a validation split first; --tuning.help lists its options.
+        knn: The usual search and mixture, where no class is chosen below; what is tuned replaces it.
+        retriever: Where neighbors come from, by class_path and init_args.
+        combiner: How they are mixed in, by class_path and init_args.
+        gate: Which rows search, by class_path and init_args.
+        tuning: Choose the options on a validation split first; --tuning.help lists its options.
         others: Other models with datastores of their own, compared with the first in the same run: NAME is reported as
             the systems NAME and knn_NAME.
         decoding: Beam size, batch size and length.
@@ -74,96 +102,113 @@ def evaluate(
         comet: Hub name or checkpoint of a COMET model.
         examples: How many of the translations that kNN improves most are shown with their neighbors.
         index_device: Where indexes are searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there where FAISS can.
+        mmap: Leave the entries of indexes on the disk, for those that are larger than memory.
+        processes: Processes that share the sentences and search together, each with its part of an index that was
+            built with `layout: shards`.
     """
+    check_at_least(1, repeats=repeats)
+    check_at_least(0, examples=examples)
+    chosen = MixtureConfig.of(knn, retriever, combiner, gate)
     pairs = list(read_pairs(test))
     validation = [] if tuning is None else list(read_pairs(tuning.validation))
     check_apart(validation, pairs)
     scorer, no_comet = _comet_scorer(comet)
+    contenders = {"knn": (backbone, datastore, index)} | {
+        f"knn_{name}": (replace(backbone, model=other.model), other.datastore, other.index)
+        for name, other in (others or {}).items()
+    }
     with ExitStack() as stack:
-        searches = {"knn": stack.enter_context(open_search(backbone, datastore, index, device=index_device))}
-        for name, other in (others or {}).items():
-            searches[f"knn_{name}"] = stack.enter_context(
-                open_search(_like(backbone, other), other.datastore, other.index, device=index_device)
-            )
-        search = searches["knn"]
-        stored = count_stored(search.datastore, {"test": pairs, "validation": validation})
-        tunings = {} if tuning is None else {n: tune(s, validation, tuning.grid, decoding) for n, s in searches.items()}
-        settings = {name: tunings[name].best if tunings else knn for name in searches}
-        knn = settings["knn"]
-        log.info("chosen: %s", "; ".join(f"{name} {chosen}" for name, chosen in settings.items()))
-        translators: dict[str, Translator] = {}
-        for name, each in searches.items():
-            translators[_plain_name(name)] = Translator(each.backbone, decoding)
-            translators[name] = each.translator(settings[name], decoding)
-        systems = run_systems(translators, pairs, repeats, seed)
+        models = {name: config.load() for name, (config, *_) in contenders.items()}
+        ranks = stack.enter_context(processes.start(models["knn"]))
+        systems: dict[str, System] = {}
+        for name, (_, folder, index_name) in contenders.items():
+            memory = stack.enter_context(open_memory(folder, index_name, mmap, index_device, ranks))
+            memory.check(models[name])
+            systems[name] = System(models[name].to(models["knn"].device), memory, index_name, chosen)
+        stored = count_stored(systems["knn"].memory, {"test": pairs, "validation": validation})
+        if tuning is not None:
+            for name, system in systems.items():
+                tuned = tune(system.model, system.memory, chosen, validation, tuning.grid, decoding)
+                systems[name] = replace(system, mixture=tuned.best, tuning=tuned)
+        log.info("chosen: %s", "; ".join(f"{name} {system.mixture}" for name, system in systems.items()))
+        results = run_systems(_translators(systems, decoding, ranks), pairs, repeats, seed)
+        if ranks.rank > 0:
+            return
         peak_memory = peak_memory_mb()
         references = [pair.tgt for pair in pairs]
-        base = systems["base"].texts
+        base = results["base"].texts
         significance = {
-            name: paired_bootstrap(base, systems[name].texts, references) for name in systems if name != "base"
+            name: paired_bootstrap(base, results[name].texts, references) for name in results if name != "base"
         }
         if scorer is not None:
             sources = [pair.src for pair in pairs]
-            for name, result in systems.items():
-                systems[name] = replace(result, comet=scorer.score(sources, result.texts, references))
-        details = {name: _search_json(each, settings[name], tunings.get(name)) for name, each in searches.items()}
-        results = {
-            "systems": {name: system_json(result) | details.get(name, {}) for name, result in systems.items()},
+            for name, result in results.items():
+                results[name] = replace(result, comet=scorer.score(sources, result.texts, references))
+        details = {name: _system_details(system) for name, system in systems.items()}
+        first = systems["knn"]
+        content = {
+            "systems": {name: system_json(result) | details.get(name, {}) for name, result in results.items()},
             "significance": significance_json(significance),
             "comet": {"model": comet, "missing": no_comet},
             **{part: details["knn"][part] for part in ("index", "build", "tuning")},
             "settings": {
-                "knn": asdict(knn),
+                **{part: details["knn"][part] for part in ("knn", "mixture")},
                 "grid": None if tuning is None else asdict(tuning.grid),
                 "decoding": asdict(decoding),
                 "repeats": repeats,
                 "seed": seed,
                 "test": _split_json(test, pairs),
                 "validation": None if tuning is None else _split_json(tuning.validation, validation),
-                "model": asdict(Provenance.of(backbone)) | {"dtype": _dtype(backbone)},
-                "datastore": {"folder": datastore, "index": index, "index_device": search.index.device}
-                | asdict(search.datastore.manifest),
+                "model": asdict(Provenance.of(first.model)) | {"dtype": first.model.dtype},
+                "datastore": {"folder": datastore, "index": index, "index_device": first.memory.index.device}
+                | asdict(first.memory.datastore.manifest),
                 "sources_in_datastore": stored,
-                **environment(backbone.device),
+                **environment(first.model.device),
             },
-            "cut_texts": backbone.cut_texts,
+            "cut_texts": results["base"].cut,
             "peak_memory_mb": peak_memory,
         }
-        table = markdown_table(systems, significance, {name: each.report for name, each in searches.items()})
+        table = markdown_table(results, significance, {name: system.memory.report for name, system in systems.items()})
         note = "" if comet is None or no_comet is None else f"\n\nNo COMET scores: {no_comet}"
-        write_json(out / "results.json", results)
-        write_text(out / "results.md", f"{table}\n\n{settings_line(results)}{note}")
-        write_text(out / "translate.yaml", translate_config(backbone, datastore, index, knn, decoding))
-        sizes = {name: each.index.list_sizes() for name, each in searches.items()}
-        if lists := {f"{name}: {searches[name].report.factory}": n for name, n in sizes.items() if n is not None}:
+        write_json(out / "results.json", content)
+        write_text(out / "results.md", f"{table}\n\n{settings_line(content)}{note}")
+        write_text(out / "translate.yaml", translate_config(backbone, datastore, index, first.mixture, decoding))
+        lists = {
+            f"{name}: {details[name]['index']['factory']}": sizes
+            for name, system in systems.items()
+            if (sizes := load_index(system.memory.datastore, system.index, mmap).list_sizes()) is not None
+        }
+        if lists:
             plot_list_sizes(lists, out / "cluster_sizes.png")
-        _show_examples(search, knn, decoding, pairs, systems, examples)
-    log_cut(backbone)
-    log.info("\n%s\n\n%s\n\nwritten to %s", table, settings_line(results) + note, out / "results.json")
+        _show_examples(first, decoding, pairs, results, examples if ranks.size == 1 else 0)
+    log.info("\n%s\n\n%s\n\nwritten to %s", table, settings_line(content) + note, out / "results.json")
 
 
-def _like(backbone: KeyedModel, other: Contender) -> KeyedModel:
-    """Another model, read in the same way."""
-    return load_model(
-        other.model, backbone.key_type, backbone.src_lang, backbone.tgt_lang, _dtype(backbone), str(backbone.device),
-        backbone.src_prefix,
-    )  # fmt: skip
+def _translators(systems: dict[str, System], decoding: Decoding, ranks: Ranks) -> dict[str, Translator]:
+    """Each system's plain model and its mixture, the first plain model by the name `base`."""
+    translators: dict[str, Translator] = {}
+    for name, system in systems.items():
+        plain = "base" if name == "knn" else name.removeprefix("knn_")
+        for label, mixture in ((plain, PlainModel()), (name, system.mixture.open(system.model, system.memory))):
+            translators[label] = SharedTranslator(system.model, mixture, decoding, ranks, system.memory)
+    return translators
 
 
-def _plain_name(name: str) -> str:
-    """The plain model of a system with neighbors."""
-    return "base" if name == "knn" else name.removeprefix("knn_")
-
-
-def _search_json(search: KnnSearch, settings: KnnSettings, tuned: Tuning | None) -> dict[str, Any]:
+def _system_details(system: System) -> dict[str, Any]:
     """What a system with neighbors searches, and how it was chosen."""
-    build = read_build(search.datastore.folder)
+    build = read_build(system.memory.datastore.folder)
+    settings, report = system.mixture.settings, system.memory.report
+    assert report is not None
     return {
-        "knn": asdict(settings),
-        "index": asdict(search.report),
-        "build": {"encode": build["encode"], "index": build["indexes"].get(search.index_name)},
-        "tuning": None if tuned is None else tuned.to_json(),
+        "knn": None if settings is None else asdict(settings),
+        "mixture": {name: part.configuration for name, part in zip(MIXTURE, system.mixture.parts, strict=True)},
+        "index": asdict(report),
+        "build": {"encode": build["encode"], "index": build["indexes"].get(system.index)},
+        "tuning": None if system.tuning is None else system.tuning.to_json(),
     }
+
+
+MIXTURE = ("retriever", "combiner", "gate")
 
 
 def _comet_scorer(model: str | None) -> tuple[CometScorer | None, str | None]:
@@ -182,46 +227,39 @@ def _split_json(corpus: CorpusFile, pairs: Sequence[Pair]) -> dict[str, Any]:
     return asdict(corpus) | {"sentences": len(pairs), "sha256": [file_sha256(path) for path in files]}
 
 
-def _dtype(backbone: KeyedModel) -> Any:
-    return str(backbone.model.dtype).removeprefix("torch.")
-
-
 def _show_examples(
-    search: KnnSearch,
-    knn: KnnSettings,
-    decoding: Decoding,
-    pairs: Sequence[Pair],
-    systems: dict[str, SystemResult],
-    examples: int,
+    system: System, decoding: Decoding, pairs: Sequence[Pair], results: dict[str, SystemResult], examples: int
 ) -> None:
-    for number in _most_improved(systems, [pair.tgt for pair in pairs])[:examples]:
-        explanation = explain(search, knn, decoding, pairs[number].src)
+    mixture = system.mixture.open(system.model, system.memory)
+    for number in _most_improved(results, [pair.tgt for pair in pairs])[:examples]:
+        explanation = explain(system.model, system.memory, mixture, pairs[number].src, decoding)
         log.info("\nsource     %s", pairs[number].src)
         log.info("reference  %s", pairs[number].tgt)
-        log.info("base       %s", systems["base"].texts[number])
+        log.info("base       %s", results["base"].texts[number])
         log.info("kNN        %s", explanation.text)
         log.info("\n".join(explanation_lines(explanation)))
 
 
-def _most_improved(systems: dict[str, SystemResult], references: list[str]) -> list[int]:
+def _most_improved(results: dict[str, SystemResult], references: list[str]) -> list[int]:
     """Sentence numbers, those first whose chrF gained most by kNN."""
     from sacrebleu import sentence_chrf
 
     def gain(number: int) -> float:
-        base, knn = (sentence_chrf(systems[name].texts[number], [references[number]]).score for name in ("base", "knn"))
+        base, knn = (sentence_chrf(results[name].texts[number], [references[number]]).score for name in ("base", "knn"))
         return knn - base
 
     return sorted(range(len(references)), key=gain, reverse=True)
 
 
-def translate_config(backbone: KeyedModel, datastore: Path, index: str, knn: KnnSettings, decoding: Decoding) -> str:
-    """A configuration with which `translate.py` uses the same settings."""
-    inputs = {name: getattr(backbone, name) for name in ("src_lang", "tgt_lang", "src_prefix")}
+def translate_config(
+    backbone: BackboneConfig, datastore: Path, index: str, mixture: MixtureConfig, decoding: Decoding
+) -> str:
+    """A configuration with which `translate.py` uses the same settings; the device is chosen anew."""
     config = {
-        "backbone": {"model": backbone.name, "key_type": backbone.key_type, **inputs, "dtype": _dtype(backbone)},
+        "backbone": {name: value for name, value in asdict(backbone).items() if name != "device"},
         "datastore": str(datastore),
         "index": index,
-        "knn": asdict(knn),
+        **mixture.configuration,
         "decoding": asdict(decoding),
     }
     return yaml.safe_dump(config, sort_keys=False).strip()

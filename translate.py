@@ -7,26 +7,36 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
-from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.backbone.config import BackboneConfig
+from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.explanation import explain as explain_translation
 from lightning_knnmt.evaluation.explanation import explanation_lines
 from lightning_knnmt.index.config import Device
-from lightning_knnmt.index.memory import KnnSearch, KnnSettings, open_search
+from lightning_knnmt.index.memory import DatastoreMemory, open_memory
+from lightning_knnmt.knn.combiners.combiner import Combiner
+from lightning_knnmt.knn.gates import Gate
+from lightning_knnmt.knn.mixture import Mixture
+from lightning_knnmt.knn.retrievers.retriever import Retriever
+from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 
 
 def translate(
-    backbone: KeyedModel,
+    backbone: BackboneConfig,
     datastore: Path | None = None,
     index: str = "index",
     knn: KnnSettings = KnnSettings(),
+    retriever: Retriever | None = None,
+    combiner: Combiner | None = None,
+    gate: Gate | None = None,
     decoding: Decoding = Decoding(),
     input: str = "-",
     output: str = "-",
     block: int = 1024,
     explain: int = 0,
     index_device: Device = "cpu",
+    mmap: bool = False,
 ) -> None:
     """Translate UTF-8 text, one sentence a line, with the neighbors of a datastore or with the plain model.
 
@@ -34,7 +44,10 @@ def translate(
         backbone: The model, such as --backbone.model models/demo-de-en; --backbone.help lists its other options.
         datastore: Folder of a datastore built from that model; None: the plain model.
         index: Name of the datastore's index.
-        knn: Settings of the search.
+        knn: The usual search and mixture, where no class is chosen below.
+        retriever: Where neighbors come from, by class_path and init_args.
+        combiner: How they are mixed in, by class_path and init_args.
+        gate: Which rows search, by class_path and init_args.
         decoding: Beam size, batch size and length.
         input: A text file; `-`: standard input.
         output: Where the translations go; `-`: standard output.
@@ -42,28 +55,27 @@ def translate(
             answered at once.
         explain: Print, for each produced token, this many of its nearest stored contexts; 0: translations only.
         index_device: Where the index is searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there if FAISS can.
+        mmap: Leave the index's entries on the disk, for an index that is larger than memory.
     """
-    if block < 1:
-        raise ValueError(f"block is {block}, expected 1 or more")
-    if explain < 0:
-        raise ValueError(f"explain is {explain}, expected 0 or more")
+    check_at_least(1, block=block)
+    check_at_least(0, explain=explain)
     if explain and datastore is None:
         raise ValueError(f"explain is {explain}, which shows stored contexts, but no datastore is given; give one too")
     if "-" not in (input, output) and Path(output).exists() and Path(output).samefile(input):
         raise ValueError(f"output is {output}, the same file as input; give another")
+    chosen = MixtureConfig.of(knn, retriever, combiner, gate)
     with ExitStack() as stack:
-        search = None
+        model = backbone.load()
+        translator = Translator(model, decoding=decoding)
+        memory = None
         if datastore is not None:
-            search = stack.enter_context(open_search(backbone, datastore, index, device=index_device))
-        translator = Translator(backbone, decoding) if search is None else search.translator(knn, decoding)
+            memory = stack.enter_context(open_memory(datastore, index, mmap, index_device))
+            translator = Translator(model, chosen.open(model, memory), decoding)
         source: BinaryIO = sys.stdin.buffer if input == "-" else stack.enter_context(Path(input).open("rb"))
         out: BinaryIO = sys.stdout.buffer if output == "-" else stack.enter_context(Path(output).open("wb"))
         lines = decoded(source, "standard input" if input == "-" else input)
         while rows := list(itertools.islice(lines, 1 if source.isatty() else block)):
-            translated = (
-                _translated(rows, translator) if not explain else _explained(rows, search, knn, decoding, explain)
-            )
-            for line in translated:
+            for line in _explained(rows, translator, memory, explain) if explain else _translated(rows, translator):
                 out.write(line.encode() + b"\n")
             out.flush()
 
@@ -96,16 +108,15 @@ def _translated(rows: list[str], translator: Translator) -> Iterator[str]:
         yield _one_line(texts.get(number, ""))
 
 
-def _explained(
-    rows: list[str], search: KnnSearch | None, knn: KnnSettings, decoding: Decoding, shown: int
-) -> Iterator[str]:
+def _explained(rows: list[str], translator: Translator, memory: DatastoreMemory | None, shown: int) -> Iterator[str]:
     """Each translation with the contexts behind its tokens, indented; an empty row stays an empty line."""
-    assert search is not None
+    assert memory is not None
+    assert isinstance(translator.mixture, Mixture)
     for row in rows:
         if row.strip():
-            explanation = explain_translation(search, knn, decoding, row, shown)
-            yield _one_line(explanation.text)
-            yield from map(_one_line, explanation_lines(explanation))
+            found = explain_translation(translator.model, memory, translator.mixture, row, translator.decoding, shown)
+            yield _one_line(found.text)
+            yield from map(_one_line, explanation_lines(found))
         else:
             yield ""
 

@@ -9,7 +9,6 @@ from typing import Any
 from jsonargparse import auto_cli
 from transformers.utils import logging as transformers_logging
 
-from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.recipes import FetchError
 from lightning_knnmt.storage.errors import DatastoreError
 
@@ -46,12 +45,10 @@ def run_script(function: Callable[..., Any], args: list[str] | None = None) -> N
         sys.exit(USER_ERROR)
 
 
-def log_cut(backbone: KeyedModel) -> None:
+def log_cut(texts: int, positions: int | None) -> None:
     """Say how many texts were longer than the model's positions, if any."""
-    if backbone.cut_texts:
-        log.warning(
-            "%d texts in all were cut to the %s positions of the model", backbone.cut_texts, backbone.position_limit
-        )
+    if texts:
+        log.warning("%d texts were cut to the %s positions of the model", texts, positions)
 
 
 def _log_to_stderr() -> None:

@@ -1,53 +1,18 @@
-"""kNN-MT through Hugging Face's own `generate`, and translation of texts with it."""
+"""Translation of texts with a mixture, through the model's own `generate`."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.backbone.keyed_model import KeyedModel
-from lightning_knnmt.knn.combiners.fixed import Combiner
-from lightning_knnmt.knn.retrievers.whole_store import Retriever
+from lightning_knnmt.checks import check_at_least, check_texts
+from lightning_knnmt.knn.mixture import Mixture, PlainModel
+from lightning_knnmt.knn.step import Step, sentences_of_rows
 from lightning_knnmt.timing import Spans
-
-
-@contextmanager
-def knn_decoding(backbone: KeyedModel, retriever: Retriever, combiner: Combiner, spans: Spans) -> Iterator[None]:
-    """Mix neighbors into the logits that the model returns, for every forward pass within the block.
-
-    Beam search, sampling, forced tokens and every other option of `generate` act on the mixture, as they would on
-    the plain model's prediction. With λ = 0 nothing is hooked.
-
-    Args:
-        backbone: The model.
-        retriever: Where neighbors come from.
-        combiner: How they are mixed in.
-        spans: Receives the time of `search` and `mix`, counted in queries.
-    """
-    if not combiner.needs_neighbors:
-        yield
-        return
-    with backbone.tap() as tap:
-
-        def mix(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-            assert tap.keys is not None
-            queries = tap.keys[:, -1]  # [R, T, D] -> [R, D]; T > 1 without a cache
-            with spans.span("search", len(queries)):
-                neighbors = retriever.retrieve(queries)
-            with spans.span("mix", len(queries)):
-                # In place: `generate` copies the logits before it uses them, and nobody else holds them.
-                mixed = combiner(output.logits[:, -1], neighbors, in_place=True)
-                output.logits = mixed.unsqueeze(1)  # [R, 1, V]
-            return output
-
-        handle = backbone.model.register_forward_hook(mix)
-        try:
-            yield
-        finally:
-            handle.remove()
 
 
 @dataclass(frozen=True)
@@ -59,12 +24,14 @@ class Translations:
         tokens: Target tokens produced, special tokens not counted.
         seconds: Time that decoding took.
         spans: Its parts.
+        cut: Sources that were longer than the model's positions, and were cut.
     """
 
     texts: list[str]
     tokens: int
     seconds: float
     spans: Spans
+    cut: int = 0
 
 
 _UNFIT_OPTIONS = {
@@ -94,70 +61,73 @@ class Decoding:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("beams", "batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        check_at_least(1, beams=self.beams, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
         for name, advice in _UNFIT_OPTIONS.items():
             if self.options.get(name):
                 raise ValueError(f"options has {name}: {self.options[name]!r}, {advice}")
 
 
 class Translator:
-    """Translates texts, with neighbors if it has a retriever.
+    """Translates texts with a model and a mixture.
 
     Args:
-        backbone: The model.
+        model: The model.
+        mixture: What is mixed into its prediction; the plain model if not given.
         decoding: Beam size, batch size and length.
-        retriever: Where neighbors come from; None: the plain model.
-        combiner: How they are mixed in.
 
     Raises:
-        ValueError: Only one of retriever and combiner is given, or the model has too few positions for the decoding.
+        ValueError: The model has too few positions for the decoding.
     """
 
     def __init__(
-        self,
-        backbone: KeyedModel,
-        decoding: Decoding,
-        retriever: Retriever | None = None,
-        combiner: Combiner | None = None,
+        self, model: KeyedModel, mixture: Mixture | PlainModel = PlainModel(), decoding: Decoding = Decoding()
     ) -> None:
-        if (retriever is None) != (combiner is None):
-            raise ValueError("retriever and combiner belong together: give both, or neither for the plain model")
-        limit = backbone.position_limit
+        limit = model.position_limit
         if limit is not None and decoding.max_new_tokens > limit:
             raise ValueError(
-                f"max_new_tokens is {decoding.max_new_tokens}, but {backbone.name} has {limit} positions; "
+                f"max_new_tokens is {decoding.max_new_tokens}, but {model.name} has {limit} positions; "
                 f"expected at most {limit}"
             )
-        self.backbone, self.decoding, self.retriever, self.combiner = backbone, decoding, retriever, combiner
+        self.model, self.mixture, self.decoding = model, mixture, decoding
 
     def translate(self, sources: Sequence[str]) -> Translations:
-        """Translate texts, batched by length."""
+        """Translate texts, batched by length.
+
+        Raises:
+            TypeError: One string is given, not a list of them.
+        """
+        check_texts(sources=sources)
         spans = Spans()
         order = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
         texts = [""] * len(sources)
-        tokens = 0
+        tokens = cut = 0
         for start in range(0, len(order), self.decoding.batch_size):
             numbers = order[start : start + self.decoding.batch_size]
             with spans.span("decode"):
-                batch = self.backbone.batch([sources[number] for number in numbers])
+                batch = self.model.batch([sources[number] for number in numbers])
                 sequences = self.generate(batch, spans)
-            decoded = self.backbone.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+            decoded = self.model.tokenizer.batch_decode(sequences, skip_special_tokens=True)
             tokens += self._count(sequences)
+            cut += batch.cut
             for number, text in zip(numbers, decoded, strict=True):
                 texts[number] = text
-        return Translations(texts, tokens, spans.seconds["decode"], spans)
+        return Translations(texts, tokens, spans.seconds["decode"], spans, cut)
 
     def generate(self, batch: Batch, spans: Spans) -> Tensor:
-        """Token ids of the translations of a batch, shape (B, 1 + T); the first is the decoder's start."""
-        if self.retriever is None or self.combiner is None:
-            mixing: Any = nullcontext()
-        else:
-            self.retriever.begin(batch)
-            mixing = knn_decoding(self.backbone, self.retriever, self.combiner, spans)
-        with mixing:
-            return self.backbone.generate(
+        """Token ids of the translations of a batch, shape (B, 1 + T); the first is the decoder's start.
+
+        Args:
+            batch: B sentences.
+            spans: Receives the time of `search` and `mix`, counted in rows.
+        """
+        self.mixture.begin(batch)
+
+        def mix(queries: Tensor, logits: Tensor) -> Tensor:
+            sentence = sentences_of_rows(len(queries), len(batch), queries.device)
+            return self.mixture(Step(queries, logits, sentence, writable=True), spans)
+
+        with nullcontext() if self.mixture.changes_nothing else self.model.mixing(mix):
+            return self.model.generate(
                 batch,
                 num_beams=self.decoding.beams,
                 max_new_tokens=self.decoding.max_new_tokens,
@@ -165,5 +135,5 @@ class Translator:
             )
 
     def _count(self, sequences: Tensor) -> int:
-        special = set(self.backbone.tokenizer.all_special_ids)
+        special = set(self.model.tokenizer.all_special_ids)
         return sum(token not in special for row in sequences.tolist() for token in row)

@@ -16,11 +16,13 @@ class Batch:
         input_ids: Source tokens, shape (B, S), padded.
         attention_mask: 1 for source tokens, 0 for padding, shape (B, S).
         labels: Target tokens, shape (B, T), padded with -100; None when translating.
+        cut: Texts that were longer than the model's positions, and were cut.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor | None = None
+    cut: int = 0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on another device."""
@@ -29,6 +31,7 @@ class Batch:
             self.input_ids.to(device, non_blocking=non_blocking),
             self.attention_mask.to(device, non_blocking=non_blocking),
             labels,
+            self.cut,
         )
 
     @property
@@ -57,7 +60,7 @@ def pad(rows: list[list[int]], value: int) -> Tensor:
     return torch.tensor([row + [value] * (longest - len(row)) for row in rows], dtype=torch.long)
 
 
-def collate(sources: list[list[int]], targets: list[list[int]] | None, pad_id: int) -> Batch:
+def collate(sources: list[list[int]], targets: list[list[int]] | None, pad_id: int, cut: int = 0) -> Batch:
     """Pad tokenized sentences to a batch."""
     mask = pad([[1] * len(row) for row in sources], 0)
-    return Batch(pad(sources, pad_id), mask, None if targets is None else pad(targets, IGNORED))
+    return Batch(pad(sources, pad_id), mask, None if targets is None else pad(targets, IGNORED), cut)

@@ -1,7 +1,6 @@
 """Pretrained Hugging Face translation models: encoder and decoder."""
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -51,7 +50,7 @@ class Seq2SeqModel(PretrainedModel):
     def batch(self, sources: Sequence[str], targets: Sequence[str] | None = None) -> Batch:
         """Tokenize and pad B sentences, on the model's device."""
         ids = self.tokenize(sources, targets)
-        return collate(ids.src, None if targets is None else ids.tgt, self.pad_id).to(self.device)
+        return collate(ids.src, None if targets is None else ids.tgt, self.pad_id, ids.cut).to(self.device)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of a teacher-forced pass, shape (B, T, V).
@@ -74,13 +73,6 @@ class Seq2SeqModel(PretrainedModel):
         options.setdefault("decoder_start_token_id", self.start_id)
         if self.forced_id is not None:
             options.setdefault("forced_bos_token_id", self.forced_id)
+        model: Any = self.model
         with torch.inference_mode():
-            return cast(
-                Tensor,
-                cast(Any, self.model).generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options),
-            )
-
-    @cached_property
-    def special_ids(self) -> frozenset[int]:
-        """Tokens that are no part of a translation's text."""
-        return frozenset(self.tokenizer.all_special_ids)
+            return model.generate(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **options)

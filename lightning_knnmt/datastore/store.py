@@ -11,27 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
-from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.data.pairs import Pair, StoredContext
 from lightning_knnmt.datastore.manifest import FILE_NAME, Provenance, read_manifest
 from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.datastore.shard import map_keys, open_shard
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.snapshot import open_together
-
-
-@dataclass(frozen=True)
-class StoredContext:
-    """Where an entry comes from.
-
-    Attributes:
-        pair: The sentence pair.
-        number: The pair's number in the corpus; the numbers of a corpus that was appended follow.
-        position: Which of the target's tokens the entry predicts, from 0.
-    """
-
-    pair: Pair
-    number: int
-    position: int
 
 
 @dataclass(frozen=True)

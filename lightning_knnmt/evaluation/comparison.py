@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.decoding import Translations, Translator
 from lightning_knnmt.evaluation.scores import CorpusScores, Score, corpus_scores
@@ -56,6 +57,7 @@ class SystemResult:
         scores: BLEU and chrF.
         speed: Tokens per second.
         repeatable: Whether every repeat gave the same translations.
+        cut: Sources that were longer than the model's positions, and were cut.
         comet: COMET, where a model was given.
     """
 
@@ -63,6 +65,7 @@ class SystemResult:
     scores: CorpusScores
     speed: Speed
     repeatable: bool
+    cut: int = 0
     comet: Score | None = None
 
 
@@ -85,8 +88,7 @@ def run_systems(
     Raises:
         ValueError: There are no pairs or no repeats.
     """
-    if repeats < 1:
-        raise ValueError(f"repeats is {repeats}, expected 1 or more")
+    check_at_least(1, repeats=repeats)
     if not pairs:
         raise ValueError("the test split is empty, expected one pair or more")
     sources = [pair.src for pair in pairs]
@@ -110,5 +112,5 @@ def run_systems(
         if changed:
             log.warning("%s: %d of %d translations differ between repeats of the same run", name, changed, len(texts))
         scores = corpus_scores(texts, [pair.tgt for pair in pairs])
-        results[name] = SystemResult(texts, scores, speed, repeatable=not changed)
+        results[name] = SystemResult(texts, scores, speed, repeatable=not changed, cut=timed[0].cut)
     return results

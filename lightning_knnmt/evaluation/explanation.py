@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 
-from lightning_knnmt.datastore import StoredContext
-from lightning_knnmt.decoding import Decoding
-from lightning_knnmt.index.memory import KnnSearch, KnnSettings
-from lightning_knnmt.knn.combiners.fixed import FixedCombiner
-from lightning_knnmt.knn.probability import knn_log_weights
+from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.data.pairs import StoredContext
+from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.knn.memory import Memory
+from lightning_knnmt.knn.mixture import Mixture
+from lightning_knnmt.knn.step import Step
 from lightning_knnmt.timing import Spans
 
 CONTEXT_WIDTH = 60  # characters of a stored target that are shown on either side of the token
@@ -66,62 +67,65 @@ class Explanation:
 
 
 @torch.inference_mode()
-def explain(search: KnnSearch, settings: KnnSettings, decoding: Decoding, source: str, shown: int = 3) -> Explanation:
+def explain(
+    model: KeyedModel, memory: Memory, mixture: Mixture, source: str, decoding: Decoding = Decoding(), shown: int = 3
+) -> Explanation:
     """Translate one text and say what each token rests on.
 
     The produced tokens are teacher-forced once more: the states of that pass are those that decoding saw, so its
     neighbors are too. The text alone would not do, since a tokenizer may cut it otherwise than decoding produced it.
 
     Args:
-        search: Model and datastore.
-        settings: k, λ, T and nprobe.
-        decoding: Beam size and length.
+        model: The model.
+        memory: Its memory.
+        mixture: What was mixed in.
         source: The source text.
+        decoding: Beam size and length.
         shown: Neighbors listed for each token.
 
     Returns:
         The translation and one entry for each of its tokens.
     """
-    backbone = search.backbone
-    batch = backbone.batch([source])
-    labels = search.translator(settings, decoding).generate(batch, Spans())[:, 1:]  # [1, 1 + T] -> [1, T]
-    retriever = search.retriever(settings.k, settings.nprobe)
-    retriever.begin(batch)
-    combiner = FixedCombiner(settings.lambda_, settings.temperature)
-    keys, logits = backbone.keys_and_logits(replace(batch, labels=labels))
+    batch = model.batch([source])
+    labels = Translator(model, mixture, decoding).generate(batch, Spans())[:, 1:]  # [1, 1 + T] -> [1, T]
+    keys, logits = model.keys_and_logits(replace(batch, labels=labels))
     tokens = labels[0]
-    neighbors = retriever.retrieve(keys[0])
-    shares = knn_log_weights(neighbors.distances, settings.temperature).exp()
-    model_probabilities = logits[0].float().softmax(-1).gather(1, tokens[:, None]).squeeze(1)
-    probabilities = combiner(logits[0], neighbors).float().softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+    step = Step(keys[0], logits[0], tokens.new_zeros(len(tokens)))
+    mixture.begin(batch)
+    neighbors = mixture.neighbors(step)
+    shares = mixture.combiner.weigh(step, neighbors).log_shares.exp()
+    model_probabilities, probabilities = (
+        each.float().softmax(-1).gather(1, tokens[:, None]).squeeze(1)
+        for each in (step.logits, mixture.combiner(step, neighbors))
+    )
     return Explanation(
-        text=backbone.tokenizer.decode(tokens, skip_special_tokens=True),
+        text=model.tokenizer.decode(tokens, skip_special_tokens=True),
         tokens=tuple(
             ExplainedToken(
                 token=piece,
-                model_probability=float(model_probabilities[step]),
-                probability=float(probabilities[step]),
+                model_probability=float(model_probabilities[row]),
+                probability=float(probabilities[row]),
                 neighbors=tuple(
-                    _explained(search, int(entry), float(distance), float(share))
+                    _explained(model, memory, int(entry), float(distance), float(share))
                     for entry, distance, share in zip(
-                        neighbors.ids[step, :shown],
-                        neighbors.distances[step, :shown],
-                        shares[step, :shown],
+                        neighbors.ids[row, :shown],
+                        neighbors.distances[row, :shown],
+                        shares[row, :shown],
                         strict=True,
                     )
                     if entry >= 0
                 ),
             )
-            for step, piece in enumerate(backbone.tokenizer.convert_ids_to_tokens(tokens.tolist()))
+            for row, piece in enumerate(model.tokenizer.convert_ids_to_tokens(tokens.tolist()))
         ),
     )
 
 
-def _explained(search: KnnSearch, entry: int, distance: float, share: float) -> ExplainedNeighbor:
-    context = search.datastore.context(entry)
-    ids = search.backbone.tokenize([context.pair.src], [context.pair.tgt])[1][0]
-    marked = mark_token(search.backbone.tokenizer, ids, context.position, CONTEXT_WIDTH)
-    piece = search.backbone.tokenizer.convert_ids_to_tokens(ids[context.position])
+def _explained(model: KeyedModel, memory: Memory, entry: int, distance: float, share: float) -> ExplainedNeighbor:
+    context = memory.context(entry)
+    ids = model.tokenize([context.pair.src], [context.pair.tgt]).tgt[0]
+    marked = mark_token(model.tokenizer, ids, context.position, CONTEXT_WIDTH)
+    piece = model.tokenizer.convert_ids_to_tokens(ids[context.position])
     return ExplainedNeighbor(context, marked, piece, distance, share)
 
 

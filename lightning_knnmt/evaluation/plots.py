@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.dispersion.functional.directions import angle, directions
 from lightning_knnmt.index.balance import imbalance_factor
-from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.index.opening import load_index
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def sample_store(
         ValueError: The index has no inverted lists.
     """
     with Datastore(folder) as store:
-        index = open_index(store, name)
+        index = load_index(store, name)
         sizes = index.list_sizes()
         if sizes is None:
             raise ValueError(

@@ -60,7 +60,7 @@ def processor() -> str:
 def markdown_table(
     systems: Mapping[str, SystemResult],
     significance: Mapping[str, PairedBootstrap],
-    indexes: Mapping[str, IndexReport] | None = None,
+    indexes: Mapping[str, IndexReport | None] | None = None,
 ) -> str:
     """A table of all systems, the first of which is what the others are compared with.
 
@@ -83,7 +83,7 @@ def markdown_table(
             "p",
         ]
     ]
-    imbalances = {name: index.imbalance_factor for name, index in (indexes or {}).items()}
+    imbalances = {name: index.imbalance_factor for name, index in (indexes or {}).items() if index is not None}
     first = next(iter(systems.values())).speed.tokens_per_second
     for name, result in systems.items():
         bleu = significance[name].bleu if name in significance else None
@@ -130,8 +130,7 @@ def settings_line(results: Mapping[str, Any]) -> str:
     chosen = "given" if tuning is None else f"best of {tuning['tried']} on {settings['validation']['sentences']} pairs"
     parts = [
         f"{test['sentences']} sentences of {test['path']}",
-        f"k {knn['k']}, λ {knn['lambda_']:g}, T {knn['temperature']:g}, nprobe {knn['nprobe']}"
-        f"{', rescored ' + str(knn['rescore']) if knn['rescore'] else ''} ({chosen})",
+        f"{_knn_line(knn) if knn else _mixture_line(settings['mixture'])} ({chosen})",
         f"beam {decoding['beams']}, {decoding['batch_size']} sentences a batch",
         f"median of {settings['repeats']} repeats on {settings['device']}, threads: {settings['threads']['torch']}",
         f"{index['factory']} over {index['entries']} entries",
@@ -141,6 +140,19 @@ def settings_line(results: Mapping[str, Any]) -> str:
     parts.append(f"model {settings['model']['model']} {settings['model']['model_sha256'][:12]}")
     parts += next(iter(results["systems"].values()))["signatures"].values()
     return "; ".join(parts)
+
+
+def _knn_line(knn: Mapping[str, Any]) -> str:
+    rescored = f", rescored {knn['rescore']}" if knn["rescore"] else ""
+    return f"k {knn['k']}, λ {knn['lambda_']:g}, T {knn['temperature']:g}, nprobe {knn['nprobe']}{rescored}"
+
+
+def _mixture_line(mixture: Mapping[str, Any]) -> str:
+    parts = []
+    for part in mixture.values():
+        options = ", ".join(f"{name} {value}" for name, value in part["init_args"].items())
+        parts.append(f"{part['class_path'].rpartition('.')[2]}({options})")
+    return " + ".join(parts)
 
 
 def read_build(datastore: Path) -> dict[str, Any]:

@@ -1,34 +1,37 @@
-"""Choosing k, λ, T and nprobe on held-out text: likelihood first, BLEU between the few best."""
+"""Choosing the options of a mixture on held-out text: likelihood first, BLEU between the few best."""
 
 import itertools
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from lightning_knnmt.backbone.batch import collate
+from lightning_knnmt.backbone.batch import Batch, collate
 from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.checks import check_at_least, check_number
 from lightning_knnmt.data.batching import token_budget_batches
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.data.splits import source_key
-from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.scores import corpus_scores
-from lightning_knnmt.index.memory import KnnSearch, KnnSettings
-from lightning_knnmt.knn.probability import knn_log_weights
+from lightning_knnmt.knn.memory import Memory
+from lightning_knnmt.knn.mixture import PlainModel
+from lightning_knnmt.knn.settings import MixtureConfig
+from lightning_knnmt.knn.step import Step
 
 log = logging.getLogger(__name__)
+
+Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The settings to choose from.
+    """Values to choose from, each tried where the retriever, the combiner or the gate has an option of that name.
 
     Attributes:
         k: Numbers of neighbors.
@@ -36,6 +39,7 @@ class Grid:
         temperature: Temperatures, in units of squared distance; None: multiples of the distance that half of the
             nearest neighbors have, since T scales with the keys' squared norm.
         nprobe: Numbers of lists to scan.
+        others: Values of further options by their names, such as the `threshold` of a gate.
         nprobe_tolerance: The smallest nprobe is taken whose best log-likelihood per token is within this many nats of
             the best of all.
         finalists: How many settings BLEU decides between.
@@ -46,13 +50,14 @@ class Grid:
     lambda_: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
     temperature: list[float] | None = None
     nprobe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    others: dict[str, list[Any]] = field(default_factory=dict)
     nprobe_tolerance: float = 0.01
     finalists: int = 4
     max_tokens: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("k", "lambda_", "temperature", "nprobe"):
-            if getattr(self, name) == []:
+        for name, values in {**vars(self), **self.others}.items():
+            if values == []:
                 raise ValueError(f"{name} is empty, expected at least one candidate")
         for name in ("k", "nprobe"):
             if min(getattr(self, name)) < 1:
@@ -61,11 +66,27 @@ class Grid:
             raise ValueError(f"lambda_ is {self.lambda_}, expected values between 0 and 1, both excluded")
         if self.temperature is not None and not all(0 < value < math.inf for value in self.temperature):
             raise ValueError(f"temperature is {self.temperature}, expected more than 0 each")
-        if not self.nprobe_tolerance >= 0:
-            raise ValueError(f"nprobe_tolerance is {self.nprobe_tolerance}, expected 0 or more")
-        for name in ("finalists", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        check_number(nprobe_tolerance=self.nprobe_tolerance)
+        check_at_least(1, finalists=self.finalists, max_tokens=self.max_tokens)
+
+    def values_for(self, mixture: MixtureConfig, nlist: int | None) -> dict[str, list[Any]]:
+        """The values of those options that a mixture has; a temperature that is still to be found is left out.
+
+        Args:
+            mixture: Retriever, combiner and gate.
+            nlist: Inverted lists of the memory; None without lists, where nprobe makes no difference.
+
+        Raises:
+            ValueError: No part has an option of `others`.
+        """
+        mixture.with_options(**{name: values[0] for name, values in self.others.items()})
+        values: dict[str, list[Any]] = {
+            "k": self.k, "lambda_": self.lambda_, "nprobe": _distinct(self.nprobe, nlist), **self.others
+        }  # fmt: skip
+        if self.temperature is not None:
+            values["temperature"] = self.temperature
+        known = {name for part in mixture.parts for name in part.option_names}
+        return {name: found for name, found in values.items() if name in known}
 
 
 @dataclass(frozen=True)
@@ -74,7 +95,7 @@ class Tune:
 
     Attributes:
         validation: The validation split; it shares no source with the test split.
-        grid: The settings to choose from.
+        grid: The values to choose from.
     """
 
     validation: CorpusFile
@@ -82,33 +103,24 @@ class Tune:
 
 
 @dataclass(frozen=True)
-class ReferenceStates:
-    """Teacher-forced states of N reference tokens.
-
-    Attributes:
-        queries: Keys, shape (N, D).
-        tokens: The references' tokens, shape (N,).
-        log_probs: The plain model's log-probability of them, shape (N,).
-    """
-
-    queries: Tensor
-    tokens: Tensor
-    log_probs: Tensor
-
-
-@dataclass(frozen=True)
 class Candidate:
-    """One setting and how well it predicts the references.
+    """One choice of options and how well it predicts the references.
 
     Attributes:
-        settings: k, λ, T and nprobe.
+        mixture: Retriever, combiner and gate.
+        options: The options that were chosen.
         log_likelihood: Mean natural log-probability of a reference token.
         bleu: Corpus BLEU of the validation split; None if it was not a finalist.
     """
 
-    settings: KnnSettings
+    mixture: MixtureConfig
+    options: Options
     log_likelihood: float
     bleu: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"settings": self.mixture.plain, "log_likelihood": self.log_likelihood, "bleu": self.bleu}
 
 
 @dataclass(frozen=True)
@@ -116,15 +128,15 @@ class Tuning:
     """The outcome of tuning.
 
     Attributes:
-        best: The chosen setting.
+        best: The chosen mixture.
         plain_log_likelihood: That of the plain model, per token.
         plain_bleu: The plain model's BLEU.
-        finalists: The settings that BLEU decided between, best first.
-        tried: How many settings were compared by likelihood.
+        finalists: The choices that BLEU decided between, best first.
+        tried: How many choices were compared by likelihood.
         tokens: Reference tokens that the likelihoods are means of.
     """
 
-    best: KnnSettings
+    best: MixtureConfig
     plain_log_likelihood: float
     plain_bleu: float
     finalists: tuple[Candidate, ...]
@@ -133,7 +145,11 @@ class Tuning:
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return asdict(self)
+        return {
+            **vars(self),
+            "best": self.best.plain,
+            "finalists": [candidate.to_json() for candidate in self.finalists],
+        }
 
 
 def check_apart(validation: Sequence[Pair], test: Sequence[Pair]) -> None:
@@ -151,9 +167,9 @@ def check_apart(validation: Sequence[Pair], test: Sequence[Pair]) -> None:
         )
 
 
-def count_stored(datastore: Datastore, splits: Mapping[str, Sequence[Pair]]) -> dict[str, int]:
+def count_stored(memory: Memory, splits: Mapping[str, Sequence[Pair]]) -> dict[str, int]:
     """How many sources of each split the datastore holds too, case and white space aside; any are warned of."""
-    stored = {source_key(source) for source in datastore.sources()}
+    stored = {source_key(source) for source in memory.sources()}
     counts = {name: sum(source_key(pair.src) in stored for pair in pairs) for name, pairs in splits.items()}
     for name, count in counts.items():
         if count:
@@ -164,53 +180,107 @@ def count_stored(datastore: Datastore, splits: Mapping[str, Sequence[Pair]]) -> 
     return counts
 
 
+@dataclass(frozen=True)
+class ReferenceStep:
+    """A teacher-forced batch of references.
+
+    Attributes:
+        batch: Its sentences.
+        step: Its R reference tokens' states and logits; a first token that decoding forces is left out.
+        tokens: The references' tokens, shape (R,).
+    """
+
+    batch: Batch
+    step: Step
+    tokens: Tensor
+
+
 @torch.inference_mode()
-def reference_states(backbone: KeyedModel, pairs: Sequence[Pair], max_tokens: int) -> ReferenceStates:
-    """States, tokens and plain log-probabilities of the references of some pairs, in one teacher-forced pass.
-
-    A first token that decoding forces is left out: nothing is predicted there.
-    """
-    sources, targets = backbone.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])
-    lengths = [max(len(src), len(tgt)) for src, tgt in zip(sources, targets, strict=True)]
-    queries, tokens, log_probs = [], [], []
+def reference_steps(model: KeyedModel, pairs: Sequence[Pair], max_tokens: int) -> Iterator[ReferenceStep]:
+    """Teacher-forced passes over the references of some pairs, one batch at a time."""
+    ids = model.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])
+    lengths = [max(len(src), len(tgt)) for src, tgt in zip(ids.src, ids.tgt, strict=True)]
     for numbers in token_budget_batches(lengths, max_tokens):
-        batch = collate([sources[n] for n in numbers], [targets[n] for n in numbers], backbone.pad_id)
-        batch = batch.to(backbone.device)
-        assert batch.labels is not None
-        keys, logits = backbone.keys_and_logits(batch)
+        batch = collate([ids.src[n] for n in numbers], [ids.tgt[n] for n in numbers], model.pad_id).to(model.device)
+        keys, logits = model.keys_and_logits(batch)
         mask = batch.target_mask
-        if backbone.start.forced_id is not None:
+        if model.forced_id is not None:
             mask[:, 0] = False
-        labels = batch.labels[mask]
-        queries.append(keys[mask].float())
-        tokens.append(labels)
-        log_probs.append(-F.cross_entropy(logits[mask].float(), labels, reduction="none"))
-    return ReferenceStates(torch.cat(queries), torch.cat(tokens), torch.cat(log_probs))
+        sentence = mask.nonzero()[:, 0]  # [row -> sentence]
+        yield ReferenceStep(batch, Step(keys[mask].float(), logits[mask].float(), sentence), batch.target_labels[mask])
 
 
-def likelihoods(search: KnnSearch, states: ReferenceStates, grid: Grid) -> list[Candidate]:
-    """Mean log-likelihood of the references under every setting; neighbors are retrieved once for each nprobe.
+@torch.inference_mode()
+def likelihoods(
+    model: KeyedModel, memory: Memory, mixture: MixtureConfig, pairs: Sequence[Pair], grid: Grid
+) -> tuple[list[Candidate], float, int]:
+    """Mean log-likelihood of the references under every choice of options.
 
-    A smaller k takes the first of the largest k's neighbors; where an index scores candidates again, a search for the
-    smaller k alone may miss a few of these.
+    Neighbors are retrieved once for all options of the combiner, and with the largest k only: a smaller k takes the
+    first of them; where an index scores candidates again, a search for the smaller k alone may miss a few of these.
+
+    Returns:
+        The candidates, the plain model's log-likelihood, and the number of reference tokens.
     """
+    values = grid.values_for(mixture, memory.nlist)
+    if "temperature" in mixture.combiner.option_names and "temperature" not in values:
+        values["temperature"] = default_temperatures(*_nearest(model, memory, mixture, pairs, grid, values))
+    ks = values.pop("k", [None])
+    searching = _choices(values, (*mixture.retriever.option_names, *mixture.gate.option_names))
+    weighing = _choices(values, tuple(set(mixture.combiner.option_names) - set(mixture.retriever.option_names)))
+    largest = {} if ks == [None] else {"k": max(ks)}
+    opened = [mixture.with_options(**options, **largest).open(model, memory) for options in searching]
+    combiners = [mixture.combiner.with_options(**options).to(model.device).eval() for options in weighing]
+    for combiner in combiners:
+        combiner.bind(model, memory)
+    sums = torch.zeros(len(searching), len(ks), len(weighing), dtype=torch.float64)
+    plain, tokens = 0.0, 0
+    for reference in reference_steps(model, pairs, grid.max_tokens):
+        step = reference.step
+        chosen = step.logits.gather(1, reference.tokens[:, None]) - step.log_normalizer
+        plain += float(chosen.double().sum())
+        tokens += len(step)
+        for place, each in enumerate(opened):
+            each.begin(reference.batch)
+            neighbors = each.neighbors(step)
+            for (number, k), (other, combiner) in itertools.product(enumerate(ks), enumerate(combiners)):
+                found = neighbors if k is None else neighbors.first(k)
+                log_probs = combiner.token_log_probs(step, found, reference.tokens)
+                sums[place, number, other] += float(log_probs.double().sum())
     candidates = []
-    temperatures = grid.temperature
-    for nprobe in _distinct(grid.nprobe, search.index.nlist):
-        neighbors = search.retriever(max(grid.k), nprobe).retrieve(states.queries)
-        if temperatures is None:
-            squared_norm = float(states.queries.square().sum(1).mean())
-            temperatures = default_temperatures(neighbors.distances, squared_norm)
-        match = neighbors.values == states.tokens[:, None]  # [N, K]
-        for k, temperature in itertools.product(grid.k, temperatures):
-            weights = knn_log_weights(neighbors.first(k).distances, temperature).exp()
-            log_knn = (weights * match[:, :k]).sum(1).log()  # [N]
-            found = weights.sum(1) > 0  # rows without neighbors are left to the model
-            for lambda_ in grid.lambda_:
-                mixed = torch.logaddexp(log_knn + math.log(lambda_), states.log_probs + math.log1p(-lambda_))
-                mean = torch.where(found, mixed, states.log_probs).double().mean()
-                candidates.append(Candidate(KnnSettings(k, lambda_, temperature, nprobe), float(mean)))
-    return candidates
+    for place, number, other in itertools.product(*map(range, sums.shape)):
+        options = searching[place] | ({} if ks[number] is None else {"k": ks[number]}) | weighing[other]
+        mean = float(sums[place, number, other]) / tokens
+        candidates.append(Candidate(mixture.with_options(**options), options, mean))
+    return candidates, plain / tokens, tokens
+
+
+def _choices(values: Mapping[str, list[Any]], names: Sequence[str]) -> list[Options]:
+    """Every combination of the values of some options; one empty choice if none of them has values."""
+    chosen = {name: found for name, found in values.items() if name in names}
+    return [dict(zip(chosen, each, strict=True)) for each in itertools.product(*chosen.values())]
+
+
+def _nearest(
+    model: KeyedModel,
+    memory: Memory,
+    mixture: MixtureConfig,
+    pairs: Sequence[Pair],
+    grid: Grid,
+    values: Mapping[str, list[Any]],
+) -> tuple[Tensor, float]:
+    """Distances of the nearest neighbors of all references, shape (N,), and the queries' mean squared norm."""
+    first = {name: found[0] for name, found in values.items()}
+    if "k" in values:
+        first["k"] = max(values["k"])
+    opened = mixture.with_options(**first).open(model, memory)
+    distances, norms = [], []
+    for reference in reference_steps(model, pairs, grid.max_tokens):
+        opened.begin(reference.batch)
+        found = opened.neighbors(reference.step).distances
+        distances.append(found[:, 0] if found.shape[1] else found.flatten())
+        norms.append(reference.step.queries.square().sum(1))
+    return torch.cat(distances), float(torch.cat(norms).mean())
 
 
 def _distinct(nprobe: Sequence[int], nlist: int | None) -> list[int]:
@@ -218,65 +288,58 @@ def _distinct(nprobe: Sequence[int], nlist: int | None) -> list[int]:
     return sorted({min(value, nlist) for value in nprobe}) if nlist else [min(nprobe)]
 
 
-def default_temperatures(distances: Tensor, squared_norm: float) -> list[float]:
+def default_temperatures(nearest: Tensor, squared_norm: float) -> list[float]:
     """Six temperatures around the median distance of the nearest neighbors, rounded to two digits.
 
     A context that is stored as it is lies nearer than fp16 can tell; such rows say nothing about the scale.
 
     Args:
-        distances: Squared L2, shape (N, K).
+        nearest: Squared L2 distance of the nearest neighbor of each row, +inf where there is none, shape (N,).
         squared_norm: Mean squared norm of the queries, from which a scale is guessed if all rows are such.
     """
-    nearest = distances[:, 0]
     telling = nearest[nearest.isfinite() & (nearest > 1e-5 * squared_norm)]
     median = float(telling.median()) if len(telling) else 0.1 * squared_norm
     return [float(f"{median * factor:.2g}") for factor in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)]
 
 
-def tune(search: KnnSearch, pairs: Sequence[Pair], grid: Grid, decoding: Decoding) -> Tuning:
-    """Choose settings on a validation split.
+def tune(
+    model: KeyedModel,
+    memory: Memory,
+    mixture: MixtureConfig,
+    pairs: Sequence[Pair],
+    grid: Grid = Grid(),
+    decoding: Decoding = Decoding(),
+) -> Tuning:
+    """Choose the options of a mixture on a validation split.
 
-    The likelihood of the references under every setting follows from one pass; the smallest sufficient nprobe is
-    taken, then the best setting of each λ, and of those the best `finalists` are decoded and compared by BLEU.
+    The likelihood of the references under every choice follows from teacher-forced passes; the smallest sufficient
+    nprobe is taken, then the best choice of each λ, and of those the best `finalists` are decoded and compared by BLEU.
 
     Args:
-        search: Model and datastore.
+        model: The model.
+        memory: Its memory.
+        mixture: Retriever, combiner and gate, whose other options stay as they are.
         pairs: The validation split; never the test split.
-        grid: The settings to choose from.
+        grid: The values to choose from.
         decoding: How finalists are decoded.
 
     Returns:
-        The chosen settings and what they were compared with.
+        The chosen mixture and what it was compared with.
 
     Raises:
         ValueError: There are no pairs.
     """
     if not pairs:
         raise ValueError("the validation split is empty, expected one pair or more to tune on")
-    states = reference_states(search.backbone, pairs, grid.max_tokens)
-    candidates = likelihoods(search, states, grid)
+    candidates, plain, tokens = likelihoods(model, memory, mixture, pairs, grid)
     best = max(candidate.log_likelihood for candidate in candidates)
-    nprobe = min(
-        candidate.settings.nprobe
-        for candidate in candidates
-        if candidate.log_likelihood >= best - grid.nprobe_tolerance
-    )
-    of_each_share = [
-        max(
-            (c for c in candidates if c.settings.nprobe == nprobe and c.settings.lambda_ == lambda_),
-            key=lambda candidate: candidate.log_likelihood,
-        )
-        for lambda_ in grid.lambda_
-    ]
-    of_each_share.sort(key=lambda candidate: -candidate.log_likelihood)
-    plain = float(states.log_probs.double().mean())
-    plain_bleu = _bleu(Translator(search.backbone, decoding), pairs)
+    plain_bleu = _bleu(Translator(model, PlainModel(), decoding), pairs)
     log.info("plain model: log-likelihood %.3f, BLEU %.2f", plain, plain_bleu)
     finalists = []
-    for candidate in of_each_share[: grid.finalists]:
-        bleu = _bleu(search.translator(candidate.settings, decoding), pairs)
-        log.info("%s: log-likelihood %.3f, BLEU %.2f", candidate.settings, candidate.log_likelihood, bleu)
-        finalists.append(Candidate(candidate.settings, candidate.log_likelihood, bleu))
+    for candidate in _shortlist(candidates, best - grid.nprobe_tolerance)[: grid.finalists]:
+        bleu = _bleu(Translator(model, candidate.mixture.open(model, memory), decoding), pairs)
+        log.info("%s: log-likelihood %.3f, BLEU %.2f", candidate.mixture, candidate.log_likelihood, bleu)
+        finalists.append(Candidate(candidate.mixture, candidate.options, candidate.log_likelihood, bleu))
     finalists.sort(key=lambda candidate: -(candidate.bleu or 0.0))
     if best <= plain:
         log.warning("no setting predicts the references better (%.3f) than the plain model (%.3f)", best, plain)
@@ -284,14 +347,21 @@ def tune(search: KnnSearch, pairs: Sequence[Pair], grid: Grid, decoding: Decodin
         log.warning(
             "no setting translates better (BLEU %.2f) than the plain model (%.2f)", finalists[0].bleu, plain_bleu
         )
-    return Tuning(
-        best=finalists[0].settings,
-        plain_log_likelihood=plain,
-        plain_bleu=plain_bleu,
-        finalists=tuple(finalists),
-        tried=len(candidates),
-        tokens=len(states.tokens),
-    )
+    return Tuning(finalists[0].mixture, plain, plain_bleu, tuple(finalists), len(candidates), tokens)
+
+
+def _shortlist(candidates: list[Candidate], sufficient: float) -> list[Candidate]:
+    """The best choice of each λ, if there is one, with the smallest nprobe that suffices, the best first."""
+    if "nprobe" in candidates[0].options:
+        nprobe = min(c.options["nprobe"] for c in candidates if c.log_likelihood >= sufficient)
+        candidates = [candidate for candidate in candidates if candidate.options["nprobe"] == nprobe]
+    candidates = sorted(candidates, key=lambda candidate: -candidate.log_likelihood)
+    if "lambda_" in candidates[0].options:
+        best_of_each: dict[float, Candidate] = {}
+        for candidate in candidates:
+            best_of_each.setdefault(candidate.options["lambda_"], candidate)
+        candidates = list(best_of_each.values())
+    return candidates
 
 
 def _bleu(translator: Translator, pairs: Sequence[Pair]) -> float:

@@ -5,7 +5,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
+from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.index.faiss_index import FaissIndex, nearest
+from lightning_knnmt.index.filtered import FilteredIndex
+from lightning_knnmt.index.search_index import Distances, Ids
 
 
 class DistributedIndex:
@@ -24,8 +27,8 @@ class DistributedIndex:
         ValueError: The shares do not make up a whole.
     """
 
-    def __init__(self, share: FaissIndex, group: distributed.ProcessGroup | None = None) -> None:
-        self.share, self._nprobe = share, 1
+    def __init__(self, share: FaissIndex | FilteredIndex, group: distributed.ProcessGroup | None = None) -> None:
+        self.share = share
         self._group = distributed.new_group(backend="gloo") if group is None else group
         self._size = distributed.get_world_size(self._group)
         self._rank = distributed.get_rank(self._group)
@@ -46,28 +49,37 @@ class DistributedIndex:
         """D."""
         return self.share.key_size
 
-    def set_nprobe(self, nprobe: int) -> None:
-        """Choose how many lists a query scans in every process; to be the same in all that search."""
-        self.share.set_nprobe(nprobe)
-        self._nprobe = nprobe
+    @property
+    def nlist(self) -> int | None:
+        """Inverted lists; None without lists."""
+        return self.share.nlist
 
-    def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    @property
+    def device(self) -> str:
+        """Where it is searched."""
+        return f"{self.share.device}, {self._size} processes"
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, nprobe: int = 8, ef_search: int | None = None
+    ) -> tuple[Distances, Ids]:
         """The k nearest entries of each of this process's queries among the entries of all processes.
 
         Args:
             queries: Shape (R, D), float32; R may differ between processes.
-            k: K, the same in all processes that search.
+            k: K, the same in all processes that search, as are the other options.
+            nprobe: As in `FaissIndex.search`.
+            ef_search: As in `FaissIndex.search`.
 
         Returns:
             As `FaissIndex.search`.
 
         Raises:
-            ValueError: The queries have another D, or the processes want different K or numbers of lists.
+            ValueError: The queries have another D, or the processes want different options.
         """
-        self.share.check(queries)
-        if k < 1:
-            raise ValueError(f"k is {k}, expected 1 or more")
-        found = self._exchange(np.ascontiguousarray(queries, np.float32), k)
+        if queries.ndim != 2 or queries.shape[1] != self.key_size:
+            raise ValueError(f"queries have shape {queries.shape}, expected (R, {self.key_size}) as the index's keys")
+        check_at_least(1, k=k, nprobe=nprobe, ef_search=ef_search)
+        found = self._exchange(np.ascontiguousarray(queries, np.float32), k, nprobe, ef_search or 0)
         if found is None:
             raise RuntimeError("all processes have finished, though this one has not")
         return found
@@ -75,7 +87,7 @@ class DistributedIndex:
     def finish(self) -> None:
         """Answer the queries of the other processes until all have finished."""
         none = np.empty((0, self.key_size), np.float32)
-        while self._exchange(none, 0) is not None:
+        while self._exchange(none, 0, 0, 0) is not None:
             pass
 
     def __enter__(self) -> "DistributedIndex":
@@ -85,26 +97,30 @@ class DistributedIndex:
         if kind is None:  # after an error here, the others get one, too, once this process is gone
             self.finish()
 
-    def _exchange(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]] | None:
+    def _exchange(
+        self, queries: NDArray[np.float32], k: int, nprobe: int, ef_search: int
+    ) -> tuple[Distances, Ids] | None:
         """Search for all processes at once.
 
         Args:
             queries: This process's, shape (R, D).
             k: K; 0 from a process that has finished.
+            nprobe: Lists that each query scans.
+            ef_search: Of a graph; 0: as the index was built.
 
         Returns:
             This process's neighbors, shapes (R, K); None if all processes have finished.
         """
-        told = self._gather(torch.tensor([len(queries), k, self._nprobe])).tolist()
-        wanted = {(k, nprobe) for _, k, nprobe in told if k > 0}
+        told = self._gather(torch.tensor([len(queries), k, nprobe, ef_search])).tolist()
+        wanted = {(k, nprobe, ef_search) for _, k, nprobe, ef_search in told if k > 0}
         if not wanted:
             return None
         if len(wanted) > 1:
             raise ValueError(
-                f"the processes search for (k, nprobe) {', '.join(map(str, sorted(wanted)))}, expected the same in all"
+                f"the processes search for (k, nprobe, ef_search) {', '.join(map(str, sorted(wanted)))}, expected the "
+                "same in all"
             )
-        k, nprobe = wanted.pop()
-        self.share.set_nprobe(nprobe)
+        k, nprobe, ef_search = wanted.pop()
         rows = [rows for rows, *_ in told]  # [process -> its R]
         if not any(rows):
             return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
@@ -112,7 +128,10 @@ class DistributedIndex:
         padded[: len(queries)] = torch.from_numpy(queries)
         everyone = self._gather(padded)  # [processes, largest R, D]
         asked = torch.cat([theirs[:count] for theirs, count in zip(everyone, rows, strict=True)]).numpy()
-        distances, ids = (self._gather(torch.from_numpy(array)).numpy() for array in self.share.search(asked, k))
+        distances, ids = (
+            self._gather(torch.from_numpy(array)).numpy()
+            for array in self.share.search(asked, k, nprobe, ef_search or None)
+        )
         start = sum(rows[: self._rank])
         ours = slice(start, start + rows[self._rank])
         return nearest([(distances[each, ours], ids[each, ours]) for each in range(self._size)], k)

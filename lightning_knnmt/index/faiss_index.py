@@ -7,14 +7,13 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.index.gpu import MOST_ON_GPU, Gpus
-from lightning_knnmt.index.layers import at_lists, find_ivf, inverted_lists, returns_hamming
+from lightning_knnmt.index.layers import at_lists, find_graph, find_ivf, inverted_lists, returns_hamming
+from lightning_knnmt.index.search_index import Distances, Ids
 from lightning_knnmt.storage.files import durable_file, file_sha256
 
 __all__ = ["FaissIndex", "find_ivf", "nearest", "read_index", "write_index"]
-
-Distances = NDArray[np.float32]
-Ids = NDArray[np.int64]
 
 # FAISS 1.15 compares all queries with all keys or centroids at once, as a product of matrices, from 128,000 numbers
 # (R × D) on: for the R of a decoding step that is 2 to 8 times too slow. Older versions have a threshold of 20 queries.
@@ -55,6 +54,7 @@ class FaissIndex:
         self._ivfs = [ivf for part in parts if (ivf := find_ivf(part)) is not None]
         self._gpus: Gpus | None = None
         self._searched = parts
+        self._nprobe = 0  # of the last search
 
     @classmethod
     def load(cls, path: Path, *others: Path, first: int = 0, mmap: bool = False) -> Self:
@@ -105,45 +105,44 @@ class FaissIndex:
             ValueError: FAISS has no GPU version of the index.
         """
         self._searched, self._gpus = tuple(gpus.copy(part) for part in self.parts), gpus
+        self._nprobe = 0  # unknown
 
-    def set_nprobe(self, nprobe: int) -> None:
-        """Choose how many lists a query scans; an index without lists has nothing to choose.
-
-        Raises:
-            ValueError: It is less than 1, or more than a GPU can select.
-        """
-        if nprobe < 1:
-            raise ValueError(f"nprobe is {nprobe}, expected 1 or more")
-        if self.nlist is None:
-            return
-        nprobe = min(nprobe, self.nlist)
-        self._check_limit("nprobe", nprobe)
-        for ivf in self._ivfs:
-            ivf.nprobe = nprobe
-        if self._gpus is not None:
-            for copy in self._searched:
-                self._gpus.set_nprobe(copy, nprobe)
-
-    def search(self, queries: NDArray[np.float32], k: int) -> tuple[Distances, Ids]:
+    def search(
+        self, queries: NDArray[np.float32], k: int, nprobe: int = 8, ef_search: int | None = None
+    ) -> tuple[Distances, Ids]:
         """The k nearest entries of each query.
 
         Args:
             queries: Shape (R, D), float32.
             k: K, 1 or more.
+            nprobe: Inverted lists that a query scans, where the index has lists.
+            ef_search: Nodes that a search through an HNSW graph, of entries or of centroids, keeps in view; None: as
+                the index was built.
 
         Returns:
             Squared L2 distances and entry numbers, shapes (R, K); where fewer than K entries were found the rest is
             +inf and −1.
 
         Raises:
-            ValueError: The queries have another D, or K is more than a GPU can select.
+            ValueError: The queries have another D, there is no graph, or K or nprobe is more than a GPU can select.
         """
         self.check(queries)
-        self._check_limit("k", k)
-        return self._search(self._searched, queries, k)
+        check_at_least(1, k=k, nprobe=nprobe, ef_search=ef_search)
+        if self._gpus is not None:
+            for name, value in (("k", k), ("nprobe", min(nprobe, self.nlist or 1))):
+                if value > MOST_ON_GPU:
+                    raise ValueError(
+                        f"{name} is {value}, expected {MOST_ON_GPU} or less on GPUs (for k, with candidates for "
+                        "rescore); choose fewer, or search on the CPU"
+                    )
+        return self.search_anywhere(queries, k, nprobe, ef_search)
 
-    def _search(self, parts: tuple[faiss.Index, ...], queries: NDArray[np.float32], k: int) -> tuple[Distances, Ids]:
-        """As `search`, in the parts or in their copies, without checks."""
+    def search_anywhere(
+        self, queries: NDArray[np.float32], k: int, nprobe: int, ef_search: int | None
+    ) -> tuple[Distances, Ids]:
+        """As `search`; more neighbors than a GPU can select are searched on the CPU."""
+        parts = self._searched if k <= MOST_ON_GPU else self.parts
+        self._choose(nprobe, ef_search)
         queries = np.ascontiguousarray(queries, np.float32)
         found = []
         for part, start in zip(parts, self._starts[:-1], strict=True):
@@ -152,6 +151,22 @@ class FaissIndex:
             ids[ids >= 0] += start
             found.append((distances, ids))
         return nearest(found, k)
+
+    def _choose(self, nprobe: int, ef_search: int | None) -> None:
+        """Tell FAISS what it keeps as a state of the index."""
+        if self.nlist is not None and (nprobe := min(nprobe, self.nlist)) != self._nprobe:
+            for ivf in self._ivfs:
+                ivf.nprobe = nprobe
+            if self._gpus is not None:
+                for copy in self._searched:
+                    self._gpus.set_nprobe(copy, nprobe)
+            self._nprobe = nprobe
+        if ef_search is not None:
+            graphs = [graph for part in self.parts if (graph := find_graph(part)) is not None]
+            if not graphs:
+                raise ValueError(f"ef_search is {ef_search}, but the index has no HNSW graph; leave it out")
+            for graph in graphs:
+                graph.hnsw.efSearch = ef_search
 
     def list_sizes(self) -> NDArray[np.int64] | None:
         """Entries of each inverted list, shape (nlist,)."""
@@ -207,13 +222,6 @@ class FaissIndex:
         """
         if queries.ndim != 2 or queries.shape[1] != self.key_size:
             raise ValueError(f"queries have shape {queries.shape}, expected (R, {self.key_size}) as the index's keys")
-
-    def _check_limit(self, name: str, value: int) -> None:
-        if self._gpus is not None and value > MOST_ON_GPU:
-            raise ValueError(
-                f"{name} is {value}, expected {MOST_ON_GPU} or less on GPUs (for k, with candidates for rescore); "
-                "choose fewer, or search on the CPU"
-            )
 
 
 def nearest(found: "list[tuple[Distances, Ids]]", k: int) -> tuple[Distances, Ids]:

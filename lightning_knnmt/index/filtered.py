@@ -1,61 +1,70 @@
 """Search that leaves out entries which were removed from a datastore."""
 
 import math
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.datastore.removed import Removed
-from lightning_knnmt.index.faiss_index import Distances, FaissIndex, Ids
-from lightning_knnmt.index.gpu import MOST_ON_GPU
+from lightning_knnmt.index.faiss_index import FaissIndex
+from lightning_knnmt.index.search_index import Distances, Ids
 
-SPARE = 4  # neighbors asked for beyond K at once, for each that is removed on average
+EXTRA_PER_REMOVED = 4  # neighbors asked for beyond K at once, for each that is removed on average
 
 
-class FilteredIndex(FaissIndex):
+class FilteredIndex:
     """An index that still holds removed entries, and never finds them.
 
     It searches for more neighbors where removed ones were among those found, until there are enough, or the index has
     no more. So the neighbors are those that a larger K would have given, for every family of indexes: FAISS 1.15 can
     itself leave out entries in some families only. Queries that need more than a GPU can select go to the CPU.
 
-    Attributes:
+    Args:
+        whole: The index with the removed entries.
         removed: What it leaves out.
+        total: Entries of the datastore, of which the index may have a part.
     """
 
-    removed: Removed
-    _share: float
+    def __init__(self, whole: FaissIndex, removed: Removed, total: int) -> None:
+        self.whole, self.removed = whole, removed
+        self._share = len(removed) / total
 
-    @classmethod
-    def load_without(
-        cls, removed: Removed, total: int, path: Path, *others: Path, first: int, mmap: bool
-    ) -> "FilteredIndex":
-        """Read index files, as `FaissIndex.load`.
+    @property
+    def key_size(self) -> int:
+        """D."""
+        return self.whole.key_size
 
-        Args:
-            removed: What to leave out.
-            total: Entries of the datastore.
-            path: The file of the first part, or of all entries.
-            others: Those of further parts, in order.
-            first: Number of the first entry.
-            mmap: Leave the entries on the disk, where FAISS can.
-        """
-        index = cls.load(path, *others, first=first, mmap=mmap)
-        index.removed = removed
-        index._share = len(removed) / total
-        return index
+    @property
+    def nlist(self) -> int | None:
+        """Inverted lists; None without lists."""
+        return self.whole.nlist
 
-    def search(self, queries: NDArray[np.float32], k: int) -> tuple[Distances, Ids]:
+    @property
+    def device(self) -> str:
+        """Where it is searched."""
+        return self.whole.device
+
+    @property
+    def first(self) -> int:
+        """Number of the first entry."""
+        return self.whole.first
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def search(
+        self, queries: NDArray[np.float32], k: int, nprobe: int = 8, ef_search: int | None = None
+    ) -> tuple[Distances, Ids]:
         """As `FaissIndex.search`, among the entries that were not removed."""
-        self.check(queries)
-        self._check_limit("k", k)
+        self.whole.check(queries)
+        check_at_least(1, k=k)
         distances = np.full((len(queries), k), np.inf, np.float32)
         ids = np.full((len(queries), k), -1, np.int64)
-        rows, wanted = np.arange(len(queries)), k + math.ceil(SPARE * k * self._share)
+        rows, wanted = np.arange(len(queries)), k + math.ceil(EXTRA_PER_REMOVED * k * self._share)
+        search = self.whole.search if wanted == k else self.whole.search_anywhere
         while True:
-            parts = self._searched if wanted <= MOST_ON_GPU else self.parts
-            found, entries = self._search(parts, queries[rows], wanted)
+            found, entries = search(queries[rows], wanted, nprobe, ef_search)
             more = entries[:, -1] >= 0  # whether the index may have others
             gone = (entries < 0) | self.removed.covers(entries)
             order = np.argsort(gone, axis=1, kind="stable")[:, :k]
@@ -66,3 +75,4 @@ class FilteredIndex(FaissIndex):
             if not len(rows) or wanted >= len(self):
                 return distances, ids
             wanted *= 2
+            search = self.whole.search_anywhere

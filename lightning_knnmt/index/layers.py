@@ -24,6 +24,14 @@ def find_ivf(index: faiss.Index) -> "faiss.IndexIVF | None":
     return inner if isinstance(inner, faiss.IndexIVF) else None
 
 
+def find_graph(index: faiss.Index) -> "faiss.IndexHNSW | None":
+    """The HNSW graph through which an index finds entries, or the centroids of its lists; None if there is none."""
+    inner = innermost(index)
+    if isinstance(inner, faiss.IndexIVF):
+        inner = faiss.downcast_index(inner.quantizer)
+    return inner if isinstance(inner, faiss.IndexHNSW) else None
+
+
 def inverted_lists(ivf: faiss.IndexIVF) -> "faiss.InvertedLists":
     """The inverted lists of an index that has them in memory or mapped."""
     if ivf.invlists is None:

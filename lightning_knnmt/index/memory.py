@@ -1,100 +1,166 @@
-"""The settings of a kNN search, and everything that it takes to translate with them."""
+"""A datastore with an index: the memory on disk."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
-from lightning_knnmt.backbone.keyed_model import KeyedModel
+import torch
+from torch import Tensor
+
+from lightning_knnmt.checks import check_at_least
+from lightning_knnmt.data.pairs import StoredContext
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.datastore.mapped_keys import MappedKeys
 from lightning_knnmt.index.config import Device
-from lightning_knnmt.index.opening import open_index, read_report
-from lightning_knnmt.knn.combiners.fixed import FixedCombiner
-from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever, check_rescore
+from lightning_knnmt.index.distributed import DistributedIndex
+from lightning_knnmt.index.opening import open_index, open_parts, read_report
+from lightning_knnmt.index.report import IndexReport
+from lightning_knnmt.index.rescoring import rescore as rescored
+from lightning_knnmt.index.search_index import SearchIndex
+from lightning_knnmt.knn.neighbors import Neighbors, no_neighbors
+from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.snapshot import open_together
 
-
-@dataclass(frozen=True)
-class KnnSettings:
-    """How neighbors are searched and mixed in.
-
-    Attributes:
-        k: Neighbors of each query.
-        lambda_: λ, the neighbors' share, in [0, 1].
-        temperature: T, in units of squared distance.
-        nprobe: Inverted lists that each query scans.
-        rescore: Candidates of each query whose distances the stored keys decide exactly, k or more; 0: the index does.
-    """
-
-    k: int = 16
-    lambda_: float = 0.5
-    temperature: float = 10.0
-    nprobe: int = 8
-    rescore: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("k", "nprobe"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
-        check_rescore(self.rescore, self.k)
-        FixedCombiner(self.lambda_, self.temperature)
+if TYPE_CHECKING:
+    from lightning_knnmt.backbone.keyed_model import KeyedModel
+    from lightning_knnmt.storage.ranks import Ranks
 
 
-class KnnSearch:
-    """A backbone with a datastore that was built from it.
+class DatastoreMemory:
+    """Keys, values and sentences of a datastore, searched by one of its indexes; closed at the end of a `with` block.
 
     Args:
-        backbone: The model.
-        datastore: Its datastore.
-        index: Name of the datastore's index.
-        mmap: Leave the index's entries on the disk, for one that is larger than memory.
-        device: Where the index is searched, as in `open_index`.
+        datastore: Keys and values.
+        index: An index over the same entries.
+        report: What is known of the index; None for one that was not built here.
 
     Raises:
-        DatastoreError: The datastore was built with another model, tokenizer, key type or language.
-        ValueError: FAISS has no GPU, or no GPU version of the index, where one is asked for.
+        DatastoreError: The index holds other keys than the datastore.
     """
 
-    def __init__(
-        self,
-        backbone: KeyedModel,
-        datastore: Datastore,
-        index: str = "index",
-        mmap: bool = False,
-        device: Device = "cpu",
+    def __init__(self, datastore: Datastore, index: SearchIndex, report: IndexReport | None = None) -> None:
+        if len(index) != len(datastore):
+            raise DatastoreError(
+                f"the index holds {len(index)} entries and the datastore {datastore.folder} {len(datastore)}; "
+                "build the index again"
+            )
+        if index.key_size != datastore.key_size:
+            raise DatastoreError(
+                f"the index holds keys of {index.key_size} dimensions and the datastore {datastore.folder} of "
+                f"{datastore.key_size}; build the index again"
+            )
+        self.datastore, self.index, self.report = datastore, index, report
+
+    @property
+    def key_size(self) -> int:
+        """D."""
+        return self.datastore.key_size
+
+    @property
+    def nlist(self) -> int | None:
+        """Inverted lists that a query can choose from; None without lists."""
+        return self.index.nlist
+
+    def __len__(self) -> int:
+        """Entries, those that were removed counted."""
+        return len(self.datastore)
+
+    def check(self, model: "KeyedModel") -> None:
+        """Refuse a model whose states cannot be compared with the stored keys.
+
+        Raises:
+            DatastoreError: The store was built with another model, tokenizer, key type or language.
+        """
+        self.datastore.check(model)
+
+    def search(
+        self, queries: Tensor, k: int, nprobe: int = 8, rescore: int = 0, ef_search: int | None = None
+    ) -> Neighbors:
+        """The k nearest entries of queries of shape (R, D), on the queries' device; see `Memory.search`."""
+        check_at_least(1, k=k, nprobe=nprobe)
+        if not len(self):
+            return no_neighbors(len(queries), k, queries.device)
+        rows = queries.detach().float().cpu().numpy()
+        if not len(rows) and not isinstance(self.index, DistributedIndex):
+            return no_neighbors(0, k, queries.device)
+        distances, ids = self.index.search(rows, max(k, rescore), nprobe, ef_search)
+        if rescore:
+            distances, ids = rescored(rows, ids, self._keys, k)
+        entries = torch.from_numpy(ids)
+        values = self._values[entries.clamp(min=0)].long().masked_fill_(entries < 0, 0)
+        return Neighbors(torch.from_numpy(distances), values, entries).to(queries.device)
+
+    @cached_property
+    def _values(self) -> Tensor:
+        return torch.from_numpy(self.datastore.values)
+
+    @cached_property
+    def _keys(self) -> MappedKeys:
+        return MappedKeys(self.datastore)
+
+    def context(self, entry: int) -> StoredContext:
+        """The sentence pair that an entry comes from, and its position."""
+        return self.datastore.context(entry)
+
+    def sources(self) -> Iterator[str]:
+        """The source text of every stored pair that was not removed."""
+        return self.datastore.sources()
+
+    def close(self) -> None:
+        """Close the datastore's files; processes that search together wait for each other."""
+        if isinstance(self.index, DistributedIndex):
+            self.index.finish()
+        self.datastore.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        datastore.check(backbone)
-        self.backbone, self.datastore = backbone, datastore
-        self.index_name = index
-        self.index = open_index(datastore, index, mmap, device)
-        self.report = read_report(datastore, index)
-
-    def retriever(self, k: int, nprobe: int, rescore: int = 0) -> DatastoreRetriever:
-        """A retriever of k neighbors out of nprobe lists, or out of so many candidates."""
-        return DatastoreRetriever(self.datastore, self.index, k, nprobe, rescore)
-
-    def translator(self, settings: KnnSettings, decoding: Decoding) -> Translator:
-        """A translator with neighbors."""
-        combiner = FixedCombiner(settings.lambda_, settings.temperature)
-        retriever = self.retriever(settings.k, settings.nprobe, settings.rescore)
-        return Translator(self.backbone, decoding, retriever, combiner)
+        if kind is None:
+            self.close()
+        else:  # after an error here, other processes get one too, once this one is gone
+            self.datastore.close()
 
 
-@contextmanager
-def open_search(
-    backbone: KeyedModel, datastore: Path, index: str = "index", mmap: bool = False, device: Device = "cpu"
-) -> Iterator[KnnSearch]:
-    """Open a datastore and its index for as long as the block runs, though others change them."""
+def open_memory(
+    folder: Path | str,
+    index: str = "index",
+    mmap: bool = False,
+    device: Device = "cpu",
+    ranks: "Ranks | None" = None,
+) -> DatastoreMemory:
+    """Open a datastore and one of its indexes; what is open stays what it was, though others change it.
 
-    def attempt() -> KnnSearch:
-        store = Datastore(datastore)
+    Args:
+        folder: The datastore's.
+        index: Name of the index.
+        mmap: Leave the index's entries on the disk, for one that is larger than memory.
+        device: Where the index is searched, as in `open_index`.
+        ranks: This process's place among several, each of which holds a share of an index built with `layout: shards`;
+            all of them search together. None: this process holds the whole index.
+
+    Raises:
+        DatastoreError: The datastore or the index is missing or damaged, or they do not belong together.
+        ValueError: FAISS has no GPU, or no GPU version of the index, where one is asked for.
+    """
+    folder = Path(folder)
+
+    def attempt() -> DatastoreMemory:
+        store = Datastore(folder)
         try:
-            return KnnSearch(backbone, store, index, mmap, device)
+            opened: SearchIndex
+            if ranks is None or ranks.size == 1:
+                opened = open_index(store, index, mmap, device)
+            else:
+                share = open_parts(store, ranks.rank, ranks.size, index, mmap, device)
+                opened = DistributedIndex(share, ranks.group)
+            return DatastoreMemory(store, opened, read_report(store, index))
         except BaseException:
             store.close()
             raise
 
-    search = open_together(datastore, attempt)
-    with search.datastore:
-        yield search
+    return open_together(folder, attempt)

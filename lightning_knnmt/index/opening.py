@@ -15,8 +15,10 @@ from lightning_knnmt.storage.layout import description_file, generation_name, in
 log = logging.getLogger(__name__)
 
 
-def open_index(datastore: Datastore, name: str = "index", mmap: bool = False, device: Device = "cpu") -> FaissIndex:
-    """Open an index of a datastore, refusing one that was built from other keys.
+def open_index(
+    datastore: Datastore, name: str = "index", mmap: bool = False, device: Device = "cpu"
+) -> FilteredIndex | FaissIndex:
+    """Open an index of a datastore for search, refusing one that was built from other keys.
 
     Args:
         datastore: What it was built from.
@@ -25,18 +27,20 @@ def open_index(datastore: Datastore, name: str = "index", mmap: bool = False, de
         device: Where it is searched: `cpu`; `gpu`: in a copy divided between all GPUs; `auto`: there, if FAISS has any
             and can have the index there.
 
+    Returns:
+        The index, which does not find entries that were removed.
+
     Raises:
         DatastoreError: The index belongs to another datastore, or is not whole.
         ValueError: FAISS has no GPU, or no GPU version of the index, where one is asked for.
     """
     gpus = find_gpus(device)
-    report = read_report(datastore, name)
-    return _on(gpus, device, _load(datastore, name, report, range(len(report.parts)), mmap))
+    return _filtered(datastore, _on(gpus, device, load_index(datastore, name, mmap)))
 
 
 def open_parts(
     datastore: Datastore, rank: int, size: int, name: str = "index", mmap: bool = False, device: Device = "cpu"
-) -> FaissIndex:
+) -> FilteredIndex | FaissIndex:
     """Open one process's share of an index that was built with `layout: shards`.
 
     Args:
@@ -59,7 +63,26 @@ def open_parts(
         raise DatastoreError(f"{path} is one file, expected parts; build the index with layout: shards")
     total = len(report.parts)
     numbers = range(rank * total // size, (rank + 1) * total // size)
-    return _on(gpus, device, _load(datastore, name, report, numbers, mmap))
+    return _filtered(datastore, _on(gpus, device, _load(datastore, name, report, numbers, mmap)))
+
+
+def load_index(datastore: Datastore, name: str = "index", mmap: bool = False) -> FaissIndex:
+    """An index as it is in its files, entries that were removed included: for looking at its lists.
+
+    Args:
+        datastore: What it was built from.
+        name: Its name.
+        mmap: Leave the entries on the disk, where FAISS can.
+
+    Raises:
+        DatastoreError: The index belongs to another datastore, or is not whole.
+    """
+    report = read_report(datastore, name)
+    return _load(datastore, name, report, range(len(report.parts)), mmap)
+
+
+def _filtered(datastore: Datastore, index: FaissIndex) -> FilteredIndex | FaissIndex:
+    return FilteredIndex(index, datastore.removed, len(datastore)) if len(datastore.removed) else index
 
 
 def read_report(datastore: Datastore, name: str) -> IndexReport:
@@ -102,11 +125,7 @@ def _load(datastore: Datastore, name: str, report: IndexReport, numbers: range, 
     expected = [report.parts[number].entries for number in numbers] or [0 if report.parts else report.entries]
     first = sum(part.entries for part in report.parts[: numbers.start])
     try:
-        if len(datastore.removed):
-            total = len(datastore)
-            index: FaissIndex = FilteredIndex.load_without(datastore.removed, total, *files, first=first, mmap=mmap)
-        else:
-            index = FaissIndex.load(*files, first=first, mmap=mmap)
+        index = FaissIndex.load(*files, first=first, mmap=mmap)
     except (FileNotFoundError, ValueError) as error:
         raise DatastoreError(str(error)) from error
     for file, part, entries in zip(files, index.parts, expected, strict=True):

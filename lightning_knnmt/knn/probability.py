@@ -1,4 +1,4 @@
-"""The kNN distribution and its mixture with the model's, in log space.
+"""The kNN distribution and its mixture with the model's, in log space: pure functions on tensors.
 
 Shapes: R rows (sentences × beams), K neighbors, V vocabulary.
 Distances are squared L2, +inf where a neighbor is missing.
@@ -14,82 +14,123 @@ from torch.nn import functional as F
 def knn_log_weights(distances: Tensor, temperature: float) -> Tensor:
     """Log of each neighbor's share of the kNN distribution, log softmax(−d / T).
 
+    The nearest distance is subtracted first: a small T then leaves the nearest neighbor, and overflows nowhere.
+
     Args:
         distances: Squared L2 distances, shape (R, K).
         temperature: T, in units of squared distance, more than 0.
 
     Returns:
         Shape (R, K), float32; a row without any neighbor is −inf throughout.
+
+    >>> knn_log_weights(torch.tensor([[1.0, 1.0, torch.inf]]), 10.0).exp()
+    tensor([[0.5000, 0.5000, 0.0000]])
     """
-    scores = distances.float().neg().div(temperature)
+    distances = distances.float()
+    nearest = distances.amin(-1, keepdim=True) if distances.shape[-1] else distances
+    scores = (distances - nearest.nan_to_num(posinf=0.0)).neg().div(temperature)
     return (scores - torch.logsumexp(scores, -1, keepdim=True)).nan_to_num(nan=-math.inf, neginf=-math.inf)
 
 
-def knn_probs(distances: Tensor, values: Tensor, temperature: float, vocabulary_size: int) -> Tensor:
-    """The kNN distribution p_kNN(y) ∝ Σ_i 1[y = v_i] exp(−d_i / T) (arXiv 2010.00710, eq. 2).
+def knn_probs(log_weights: Tensor, values: Tensor, vocabulary_size: int) -> Tensor:
+    """The kNN distribution p_kNN(y) = Σ_i 1[y = v_i] w_i (arXiv 2010.00710, eq. 2).
 
     Args:
-        distances: Squared L2 distances, shape (R, K).
+        log_weights: log w, shares of the neighbors, shape (R, K).
         values: Token ids, shape (R, K).
-        temperature: T, more than 0.
         vocabulary_size: V.
 
     Returns:
         Shape (R, V); a row without any neighbor is 0.
+
+    >>> knn_probs(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[2, 2]]), 4)
+    tensor([[0., 0., 1., 0.]])
     """
-    weights = knn_log_weights(distances, temperature).exp()
+    weights = log_weights.exp()
     return weights.new_zeros(len(weights), vocabulary_size).scatter_add_(1, values, weights)
 
 
-def neighbor_log_probs(distances: Tensor, values: Tensor, temperature: float) -> Tensor:
+def token_log_probs(log_weights: Tensor, values: Tensor, tokens: Tensor) -> Tensor:
+    """log p_kNN of one token of each row.
+
+    Args:
+        log_weights: Shares of the neighbors, shape (R, K).
+        values: Token ids, shape (R, K).
+        tokens: Shape (R,).
+
+    Returns:
+        Shape (R,); −inf where no neighbor has the token.
+
+    >>> token_log_probs(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[1, 2]]), torch.tensor([2])).exp()
+    tensor([0.7500])
+    """
+    return (log_weights.exp() * (values == tokens[:, None])).sum(1).log()
+
+
+def neighbor_log_probs(log_weights: Tensor, values: Tensor) -> Tensor:
     """log p_kNN of each neighbor's token: neighbors with the same token carry the same sum.
 
     Args:
-        distances: Squared L2 distances, shape (R, K).
+        log_weights: Shares of the neighbors, shape (R, K).
         values: Token ids, shape (R, K).
-        temperature: T, more than 0.
 
     Returns:
         Shape (R, K), so that only the retrieved tokens are touched, never the vocabulary.
+
+    >>> neighbor_log_probs(torch.tensor([[0.25, 0.5, 0.25]]).log(), torch.tensor([[3, 7, 3]])).exp()
+    tensor([[0.5000, 0.5000, 0.5000]])
     """
     tokens, order = values.sort(1)
     run = F.pad((tokens[:, 1:] != tokens[:, :-1]).cumsum(1), (1, 0))  # [sorted neighbor -> run of equal tokens]
-    weights = knn_log_weights(distances, temperature).exp().gather(1, order)
+    weights = log_weights.exp().gather(1, order)
     sums = torch.zeros_like(weights).scatter_add_(1, run, weights)
     return torch.empty_like(weights).scatter_(1, order, sums.gather(1, run)).log_()
 
 
-def mix_logits(logits: Tensor, values: Tensor, log_probs: Tensor, lambda_: float, in_place: bool = False) -> Tensor:
+def mix_logits(
+    logits: Tensor,
+    values: Tensor,
+    log_probs: Tensor,
+    lambda_: float | Tensor,
+    log_normalizer: Tensor,
+    in_place: bool = False,
+) -> Tensor:
     """Logits z' with softmax(z') = λ p_kNN + (1 − λ) softmax(z).
 
     For λ < 1, z'_y = logaddexp(z_y, lse(z) + log(λ / (1 − λ)) + log p_kNN(y)) for the retrieved y, z'_y = z_y for
-    all others: one reduction over V. Rows without any neighbor are left as they are, whatever λ.
+    all others. Rows without any neighbor are left as they are, whatever λ.
 
     Args:
         logits: z, shape (R, V).
         values: Retrieved token ids, shape (R, K).
         log_probs: log p_kNN of each retrieved token as `neighbor_log_probs` gives it, shape (R, K).
-        lambda_: λ in [0, 1].
+        lambda_: λ in [0, 1]: one number, or one of each row, shape (R, 1).
+        log_normalizer: lse(z), shape (R, 1).
         in_place: Write into `logits` if they are float32; over a large vocabulary a copy costs more than the mixing.
 
     Returns:
         Shape (R, V), float32: half precision would round the mixture by some percent.
+
+    >>> z = torch.zeros(1, 2)
+    >>> mix_logits(z, torch.tensor([[0]]), torch.zeros(1, 1), 0.5, z.logsumexp(1, True)).softmax(1)
+    tensor([[0.7500, 0.2500]])
     """
-    if lambda_ == 0:
+    if isinstance(lambda_, float | int) and lambda_ == 0:
         return logits
     logits = logits.clone() if logits.dtype == torch.float32 and not in_place else logits.float()
     before = logits.gather(1, values)  # [R, K]
-    if lambda_ == 1:
+    log_probs = log_probs.float()
+    if isinstance(lambda_, Tensor):
+        lambda_ = lambda_.float()
+        alone = (lambda_ >= 1) & log_probs.isfinite().any(1, keepdim=True)  # [R, 1], rows of neighbors only
+        logits.masked_fill_(alone, -math.inf)
+        shift = lambda_.log() - torch.log1p(-lambda_)
+        retrieved = torch.where(alone, log_probs, torch.logaddexp(before, log_normalizer + shift + log_probs))
+    elif lambda_ == 1:
         found = log_probs.isfinite().any(1, keepdim=True)  # [R, 1]
         logits.masked_fill_(found, -math.inf)
-        retrieved = torch.where(found, log_probs.float(), before)
+        retrieved = torch.where(found, log_probs, before)
     else:
-        shift = math.log(lambda_) - math.log1p(-lambda_)
-        retrieved = torch.logaddexp(before, _logsumexp(logits) + shift + log_probs.float())
+        odds = math.log(lambda_) - math.log1p(-lambda_)
+        retrieved = torch.logaddexp(before, log_normalizer + odds + log_probs)
     return logits.scatter_(1, values, retrieved)
-
-
-def _logsumexp(logits: Tensor) -> Tensor:
-    """Shape (R, V) -> (R, 1), float32; on a CPU in blocks of rows whose temporaries stay in its cache."""
-    rows = max(1, 2**19 // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
-    return torch.cat([torch.logsumexp(block, 1, keepdim=True) for block in logits.split(rows)])

@@ -1,52 +1,31 @@
-"""How the model's prediction and the neighbors' are mixed."""
+"""The same λ and T at every step (arXiv 2010.00710)."""
 
-import math
-from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
-
-from lightning_knnmt.knn.probability import mix_logits, neighbor_log_probs
-from lightning_knnmt.knn.retrievers.whole_store import Neighbors
+from lightning_knnmt.checks import check_number, check_share
+from lightning_knnmt.knn.combiners.combiner import Combiner, Weights
+from lightning_knnmt.knn.neighbors import Neighbors
+from lightning_knnmt.knn.probability import knn_log_weights
+from lightning_knnmt.knn.step import Step
 
 
-class Combiner(Protocol):
-    """Mixes logits with neighbors."""
+class FixedCombiner(Combiner):
+    """p = λ p_kNN + (1 − λ) p_NMT with p_kNN(y) ∝ Σ_i 1[y = v_i] exp(−d_i / T) (arXiv 2010.00710, eq. 2 and 3).
 
-    @property
-    def needs_neighbors(self) -> bool:
-        """Whether neighbors can change anything."""
-        ...
-
-    def __call__(self, logits: Tensor, neighbors: Neighbors, in_place: bool = False) -> Tensor:
-        """Logits of the mixture, shape (R, V), from logits of shape (R, V); `in_place` allows to overwrite those."""
-        ...
-
-
-@dataclass(frozen=True)
-class FixedCombiner:
-    """p = λ p_kNN + (1 − λ) p_NMT with the same λ and T at every step (arXiv 2010.00710, eq. 3).
-
-    Attributes:
+    Args:
         lambda_: λ, the neighbors' share, in [0, 1].
         temperature: T, in units of squared distance, more than 0.
     """
 
-    lambda_: float = 0.5
-    temperature: float = 10.0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.lambda_ <= 1:
-            raise ValueError(f"lambda_ is {self.lambda_}, expected 0 to 1")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature is {self.temperature}, expected more than 0 and finite")
+    def __init__(self, lambda_: float = 0.5, temperature: float = 10.0) -> None:
+        super().__init__()
+        check_share(lambda_=lambda_)
+        check_number(above_zero=True, temperature=temperature)
+        self.lambda_, self.temperature = lambda_, temperature
 
     @property
-    def needs_neighbors(self) -> bool:
-        """False for λ = 0, the plain model."""
-        return self.lambda_ > 0
+    def changes_nothing(self) -> bool:
+        """Whether λ is 0, which is the plain model."""
+        return self.lambda_ == 0
 
-    def __call__(self, logits: Tensor, neighbors: Neighbors, in_place: bool = False) -> Tensor:
-        """Logits of the mixture, shape (R, V), from logits of shape (R, V); `in_place` overwrites those."""
-        log_probs = neighbor_log_probs(neighbors.distances, neighbors.values, self.temperature)
-        return mix_logits(logits, neighbors.values, log_probs, self.lambda_, in_place)
+    def weigh(self, step: Step, neighbors: Neighbors) -> Weights:
+        """The same λ for every row; shares by distance."""
+        return Weights(knn_log_weights(neighbors.distances, self.temperature), self.lambda_)

@@ -1,129 +1,40 @@
-"""From queries to neighbors."""
+"""Search in the whole memory, whatever the sentence (arXiv 2010.00710)."""
 
-from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
+from lightning_knnmt.checks import check_at_least
+from lightning_knnmt.knn.memory import Memory
+from lightning_knnmt.knn.neighbors import Neighbors
+from lightning_knnmt.knn.retrievers.retriever import Retriever
+from lightning_knnmt.knn.step import Step
 
-from lightning_knnmt.backbone.batch import Batch
-from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.datastore.mapped_keys import MappedKeys
-from lightning_knnmt.index.rescoring import rescore
-from lightning_knnmt.storage.errors import DatastoreError
+if TYPE_CHECKING:
+    from lightning_knnmt.backbone.keyed_model import KeyedModel
 
 
-@dataclass(frozen=True)
-class Neighbors:
-    """The K nearest stored contexts of R queries, nearest first.
-
-    Attributes:
-        distances: Squared L2, shape (R, K); +inf where there is no neighbor.
-        values: Target-token ids, shape (R, K); 0 where there is no neighbor.
-        ids: Entry numbers in the datastore, shape (R, K); −1 where there is no neighbor.
-    """
-
-    distances: Tensor
-    values: Tensor
-    ids: Tensor
-
-    def first(self, k: int) -> "Neighbors":
-        """The k nearest only."""
-        return Neighbors(self.distances[:, :k], self.values[:, :k], self.ids[:, :k])
-
-
-class Retriever(Protocol):
-    """Finds neighbors, row by row."""
-
-    def begin(self, batch: Batch) -> None:
-        """Prepare for decoding B sentences; rows come in the order of the sentences, the beams of each together."""
-        ...
-
-    def retrieve(self, queries: Tensor) -> Neighbors:
-        """Neighbors of queries of shape (R, D)."""
-        ...
-
-
-class SearchIndex(Protocol):
-    """An index over all entries of a datastore, such as `FaissIndex`."""
-
-    @property
-    def key_size(self) -> int:
-        """D."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def set_nprobe(self, nprobe: int) -> None:
-        """Choose how many lists a query scans."""
-        ...
-
-    def search(self, queries: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Squared L2 distances and entry numbers, shapes (R, K), of queries of shape (R, D)."""
-        ...
-
-
-AnyIndex = TypeVar("AnyIndex", bound=SearchIndex)
-
-
-class DatastoreRetriever(Generic[AnyIndex]):
-    """Searches one index over a whole datastore, whatever the sentence.
+class WholeStore(Retriever):
+    """The K nearest of all entries.
 
     Args:
-        datastore: The keys' values and sentences.
-        index: An index over the same entries.
-        k: K, neighbors of each query, 1 or more.
-        nprobe: Lists that each query scans, where the index has lists.
-        rescore: Candidates that the index finds for each query, of which the stored keys decide the K nearest and their
+        k: K, neighbors of each row.
+        nprobe: Inverted lists that each row scans, where the index has lists.
+        rescore: Candidates that the index finds for each row, of which the stored keys decide the K nearest and their
             exact distances; 0: the index decides. With it, an index of short codes needs no copy of the keys (Refine).
+        ef_search: Nodes that a search through an HNSW graph keeps in view; None: as the index was built.
     """
 
-    def __init__(self, datastore: Datastore, index: AnyIndex, k: int, nprobe: int = 8, rescore: int = 0) -> None:
-        for name, value in (("k", k), ("nprobe", nprobe)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}, expected 1 or more")
-        check_rescore(rescore, k)
-        if len(index) != len(datastore):
-            raise DatastoreError(
-                f"the index holds {len(index)} entries and the datastore {datastore.folder} {len(datastore)}; "
-                "build the index again"
-            )
-        if index.key_size != datastore.key_size:
-            raise DatastoreError(
-                f"the index holds keys of {index.key_size} dimensions and the datastore {datastore.folder} of "
-                f"{datastore.key_size}; build the index again"
-            )
-        self.datastore, self.index, self.k, self.nprobe, self.rescore = datastore, index, k, nprobe, rescore
-        self._keys = MappedKeys(datastore) if rescore else None
-        self._values = torch.from_numpy(datastore.values)
+    def __init__(self, k: int = 16, nprobe: int = 8, rescore: int = 0, ef_search: int | None = None) -> None:
+        check_at_least(1, k=k, nprobe=nprobe, ef_search=ef_search)
+        if rescore != 0 and rescore < k:
+            raise ValueError(f"rescore is {rescore}, expected 0, or k = {k} candidates or more")
+        self.k, self.nprobe, self.rescore, self.ef_search = k, nprobe, rescore, ef_search
+        self._memory: Memory | None = None
 
-    def begin(self, batch: Batch) -> None:
-        """Nothing to prepare: every sentence searches the same entries."""
+    def bind(self, model: "KeyedModel", memory: Memory) -> None:
+        """Search this memory from now on."""
+        self._memory = memory
 
-    def retrieve(self, queries: Tensor) -> Neighbors:
-        """Neighbors of queries of shape (R, D), on the queries' device."""
-        self.index.set_nprobe(self.nprobe)  # other retrievers may share the index
-        rows = queries.detach().float().cpu().numpy()
-        distances, ids = self.index.search(rows, max(self.k, self.rescore))
-        if self._keys is not None:
-            distances, ids = rescore(rows, ids, self._keys, self.k)
-        entries = torch.from_numpy(ids)
-        found = entries >= 0
-        if len(self._values):
-            values = self._values[entries.clamp(min=0)].long().masked_fill_(~found, 0)
-        else:
-            values = torch.zeros_like(entries)
-        device = queries.device
-        return Neighbors(torch.from_numpy(distances).to(device), values.to(device), entries.to(device))
-
-
-def check_rescore(rescore: int, k: int) -> None:
-    """Refuse fewer candidates than neighbors.
-
-    Raises:
-        ValueError: There are.
-    """
-    if rescore != 0 and rescore < k:
-        raise ValueError(f"rescore is {rescore}, expected 0, or k = {k} candidates or more")
+    def __call__(self, step: Step) -> Neighbors:
+        """The K nearest of R rows, on the rows' device."""
+        assert self._memory is not None, "bind comes first"
+        return self._memory.search(step.queries, self.k, self.nprobe, self.rescore, self.ef_search)

@@ -1,0 +1,149 @@
+"""What neighbors are searched in: the interface, and a memory that lives in RAM."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_knnmt.checks import check_at_least
+from lightning_knnmt.data.pairs import Pair, StoredContext
+from lightning_knnmt.knn.neighbors import Neighbors
+
+if TYPE_CHECKING:
+    from lightning_knnmt.backbone.keyed_model import KeyedModel
+
+
+class Memory(Protocol):
+    """Keys and values of N stored contexts that can be searched; on disk (`index.memory`) or in RAM."""
+
+    @property
+    def key_size(self) -> int:
+        """D."""
+        ...
+
+    @property
+    def nlist(self) -> int | None:
+        """Inverted lists that a query can choose from; None without lists."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def check(self, model: "KeyedModel") -> None:
+        """Refuse a model whose states cannot be compared with the stored keys.
+
+        Raises:
+            ValueError: It was built with another model, tokenizer, key type or language.
+        """
+        ...
+
+    def search(
+        self, queries: Tensor, k: int, nprobe: int = 8, rescore: int = 0, ef_search: int | None = None
+    ) -> Neighbors:
+        """The k nearest entries of queries of shape (R, D), on the queries' device.
+
+        Args:
+            queries: Shape (R, D).
+            k: K, 1 or more.
+            nprobe: Inverted lists that each query scans, where there are lists.
+            rescore: Candidates whose distances the stored keys decide exactly, k or more; 0: the index decides.
+            ef_search: Nodes that a search through an HNSW graph keeps in view; None: as the index was built.
+        """
+        ...
+
+    def context(self, entry: int) -> StoredContext:
+        """The sentence pair that an entry comes from, and its position."""
+        ...
+
+    def sources(self) -> Iterator[str]:
+        """The source text of every stored pair."""
+        ...
+
+
+class RamMemory:
+    """Keys in RAM, searched exactly by torch on the keys' device: for small memories, made in a moment.
+
+    Args:
+        keys: Shape (N, D).
+        values: Target-token ids, shape (N,).
+        pairs: The sentence pairs, in the order of their entries.
+        lengths: Entries of each pair; they add up to N.
+        provenance: What the keys were made with, as `Provenance.of` says.
+        block: Distances that are held at a time.
+    """
+
+    nlist = None
+
+    def __init__(
+        self, keys: Tensor, values: Tensor, pairs: list[Pair], lengths: list[int], provenance: object = None,
+        block: int = 1 << 26,
+    ) -> None:  # fmt: skip
+        if not len(keys) == len(values) == sum(lengths):
+            raise ValueError(
+                f"there are {len(keys)} keys, {len(values)} values and {sum(lengths)} entries of pairs, expected as "
+                "many of each"
+            )
+        self.keys, self.values, self.pairs, self.provenance, self.block = keys, values, pairs, provenance, block
+        self._starts = torch.tensor([0, *lengths]).cumsum(0)  # [pair -> first entry]
+        self._norms = keys.float().square().sum(1)
+
+    @property
+    def key_size(self) -> int:
+        """D."""
+        return self.keys.shape[1]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def check(self, model: "KeyedModel") -> None:
+        """Refuse a model whose states cannot be compared with the stored keys.
+
+        Raises:
+            ValueError: It was built with another model, tokenizer, key type or language.
+        """
+        if self.provenance is not None:
+            from lightning_knnmt.datastore.manifest import Provenance
+
+            assert isinstance(self.provenance, Provenance)
+            if differences := self.provenance.differences(Provenance.of(model)):
+                raise ValueError(
+                    f"the memory does not fit the model {model.name}: {'; '.join(differences)} (memory against model)"
+                )
+
+    def search(
+        self, queries: Tensor, k: int, nprobe: int = 8, rescore: int = 0, ef_search: int | None = None
+    ) -> Neighbors:
+        """The k nearest entries of queries of shape (R, D): always exact, so that other options change nothing."""
+        check_at_least(1, k=k)
+        queries = queries.detach().float()
+        nearest = min(k, len(self))
+        distances = queries.new_full((len(queries), k), torch.inf)
+        ids = torch.full((len(queries), k), -1, dtype=torch.long, device=queries.device)
+        values = torch.zeros_like(ids)
+        if nearest and len(queries):
+            keys = self.keys.float()
+            for rows in torch.arange(len(queries), device=queries.device).split(max(1, self.block // len(self))):
+                asked = queries[rows]
+                rough = self._norms - 2 * asked @ keys.T  # [R, N], squared distances but for the queries' own norms
+                entries = rough.topk(nearest, largest=False).indices
+                exact = (keys[entries] - asked[:, None]).square().sum(2)  # [R, K]
+                exact, order = exact.sort(dim=1, stable=True)
+                distances[rows, :nearest] = exact
+                ids[rows, :nearest] = entries.gather(1, order)
+            values[:, :nearest] = self.values[ids[:, :nearest]].long()
+        return Neighbors(distances, values, ids)
+
+    def context(self, entry: int) -> StoredContext:
+        """The sentence pair that an entry comes from, and its position.
+
+        Raises:
+            IndexError: There is no such entry.
+        """
+        if not 0 <= entry < len(self):
+            raise IndexError(f"entry is {entry}, expected 0 to {len(self) - 1}")
+        number = int(torch.searchsorted(self._starts, entry, right=True)) - 1
+        return StoredContext(self.pairs[number], number, entry - int(self._starts[number]))
+
+    def sources(self) -> Iterator[str]:
+        """The source text of every stored pair."""
+        yield from (pair.src for pair in self.pairs)

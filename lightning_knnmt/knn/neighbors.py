@@ -1,0 +1,64 @@
+"""What a search finds."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Neighbors:
+    """The K nearest stored contexts of R rows, nearest first.
+
+    Attributes:
+        distances: Squared L2, shape (R, K); +inf where there is no neighbor.
+        values: Target-token ids, shape (R, K); 0 where there is no neighbor.
+        ids: Entry numbers in the memory, shape (R, K); −1 where there is no neighbor.
+    """
+
+    distances: Tensor
+    values: Tensor
+    ids: Tensor
+
+    def first(self, k: int) -> "Neighbors":
+        """The k nearest only.
+
+        >>> Neighbors(torch.tensor([[1.0, 2.0]]), torch.tensor([[7, 8]]), torch.tensor([[0, 3]])).first(1).values
+        tensor([[7]])
+        """
+        return Neighbors(self.distances[:, :k], self.values[:, :k], self.ids[:, :k])
+
+    @property
+    def found(self) -> Tensor:
+        """Whether a row has any neighbor, shape (R,)."""
+        return (self.ids >= 0).any(1)
+
+    def spread(self, searched: Tensor) -> "Neighbors":
+        """The same neighbors for the rows that searched; the other rows have none.
+
+        Args:
+            searched: Mask of all rows, shape (R',), True for the R rows that these neighbors belong to.
+        """
+        shape = len(searched), self.ids.shape[1]
+        wide = Neighbors(
+            self.distances.new_full(shape, torch.inf), self.values.new_zeros(shape), self.ids.new_full(shape, -1)
+        )
+        for all_rows, rows in zip(wide.parts, self.parts, strict=True):
+            all_rows[searched] = rows
+        return wide
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Distances, values and ids."""
+        return self.distances, self.values, self.ids
+
+    def to(self, device: torch.device | str) -> "Neighbors":
+        """The same neighbors on another device."""
+        return Neighbors(*(part.to(device) for part in self.parts))
+
+
+def no_neighbors(rows: int, k: int, device: torch.device | str = "cpu") -> Neighbors:
+    """Nothing found, for so many rows."""
+    nothing = torch.empty(0, k, device=device)
+    searched = torch.zeros(rows, dtype=torch.bool, device=device)
+    return Neighbors(nothing, nothing.long(), nothing.long()).spread(searched)
