@@ -232,7 +232,7 @@ def _show_examples(
 ) -> None:
     mixture = system.mixture.open(system.model, system.memory)
     for number in _most_improved(results, [pair.tgt for pair in pairs])[:examples]:
-        explanation = explain(system.model, system.memory, mixture, pairs[number].src, decoding)
+        explanation = explain(mixture, pairs[number].src, decoding)
         log.info("\nsource     %s", pairs[number].src)
         log.info("reference  %s", pairs[number].tgt)
         log.info("base       %s", results["base"].texts[number])

@@ -14,12 +14,12 @@ from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.explanation import explain as explain_translation
 from lightning_knnmt.evaluation.explanation import explanation_lines
 from lightning_knnmt.index.config import Device
-from lightning_knnmt.index.memory import DatastoreMemory, open_memory
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
 from lightning_knnmt.knn.mixture import Mixture
 from lightning_knnmt.knn.retrievers.retriever import Retriever
-from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
+from lightning_knnmt.knn.settings import KnnSettings
+from lightning_knnmt.loading import open_translator
 
 
 def translate(
@@ -63,19 +63,15 @@ def translate(
         raise ValueError(f"explain is {explain}, which shows stored contexts, but no datastore is given; give one too")
     if "-" not in (input, output) and Path(output).exists() and Path(output).samefile(input):
         raise ValueError(f"output is {output}, the same file as input; give another")
-    chosen = MixtureConfig.of(knn, retriever, combiner, gate)
+    translator = open_translator(
+        backbone, datastore, index, knn, retriever, combiner, gate, decoding, index_device, mmap
+    )
     with ExitStack() as stack:
-        model = backbone.load()
-        translator = Translator(model, decoding=decoding)
-        memory = None
-        if datastore is not None:
-            memory = stack.enter_context(open_memory(datastore, index, mmap, index_device))
-            translator = Translator(model, chosen.open(model, memory), decoding)
         source: BinaryIO = sys.stdin.buffer if input == "-" else stack.enter_context(Path(input).open("rb"))
         out: BinaryIO = sys.stdout.buffer if output == "-" else stack.enter_context(Path(output).open("wb"))
         lines = decoded(source, "standard input" if input == "-" else input)
         while rows := list(itertools.islice(lines, 1 if source.isatty() else block)):
-            for line in _explained(rows, translator, memory, explain) if explain else _translated(rows, translator):
+            for line in _explained(rows, translator, explain) if explain else _translated(rows, translator):
                 out.write(line.encode() + b"\n")
             out.flush()
 
@@ -108,13 +104,12 @@ def _translated(rows: list[str], translator: Translator) -> Iterator[str]:
         yield _one_line(texts.get(number, ""))
 
 
-def _explained(rows: list[str], translator: Translator, memory: DatastoreMemory | None, shown: int) -> Iterator[str]:
+def _explained(rows: list[str], translator: Translator, shown: int) -> Iterator[str]:
     """Each translation with the contexts behind its tokens, indented; an empty row stays an empty line."""
-    assert memory is not None
     assert isinstance(translator.mixture, Mixture)
     for row in rows:
         if row.strip():
-            found = explain_translation(translator.model, memory, translator.mixture, row, translator.decoding, shown)
+            found = explain_translation(translator.mixture, row, translator.decoding, shown)
             yield _one_line(found.text)
             yield from map(_one_line, explanation_lines(found))
         else:

@@ -67,18 +67,14 @@ class Explanation:
 
 
 @torch.inference_mode()
-def explain(
-    model: KeyedModel, memory: Memory, mixture: Mixture, source: str, decoding: Decoding = Decoding(), shown: int = 3
-) -> Explanation:
+def explain(mixture: Mixture, source: str, decoding: Decoding = Decoding(), shown: int = 3) -> Explanation:
     """Translate one text and say what each token rests on.
 
     The produced tokens are teacher-forced once more: the states of that pass are those that decoding saw, so its
     neighbors are too. The text alone would not do, since a tokenizer may cut it otherwise than decoding produced it.
 
     Args:
-        model: The model.
-        memory: Its memory.
-        mixture: What was mixed in.
+        mixture: A model, its memory, and how neighbors are mixed in.
         source: The source text.
         decoding: Beam size and length.
         shown: Neighbors listed for each token.
@@ -86,6 +82,7 @@ def explain(
     Returns:
         The translation and one entry for each of its tokens.
     """
+    model = mixture.model
     batch = model.batch([source])
     labels = Translator(model, mixture, decoding).generate(batch, Spans())[:, 1:]  # [1, 1 + T] -> [1, T]
     keys, logits = model.keys_and_logits(replace(batch, labels=labels))
@@ -106,7 +103,7 @@ def explain(
                 model_probability=float(model_probabilities[row]),
                 probability=float(probabilities[row]),
                 neighbors=tuple(
-                    _explained(model, memory, int(entry), float(distance), float(share))
+                    _explained(model, mixture.memory, int(entry), float(distance), float(share))
                     for entry, distance, share in zip(
                         neighbors.ids[row, :shown],
                         neighbors.distances[row, :shown],

@@ -41,6 +41,7 @@ class Mixture:
         gate: Gate | None = None,
     ) -> None:
         memory.check(model)
+        self.model, self.memory = model, memory
         self.retriever, self.combiner, self.gate = retriever, combiner, OpenGate() if gate is None else gate
         self.combiner.to(model.device).eval()
         self.gate.to(model.device).eval()

@@ -39,6 +39,14 @@ class KnnSettings:
         for name in ("retriever", "combiner"):  # which check their options
             getattr(self, name)
 
+    def open(self, model: "KeyedModel", memory: Memory) -> Mixture:
+        """The mixture of a model and a memory.
+
+        Raises:
+            ValueError: They do not fit.
+        """
+        return Mixture(model, memory, self.retriever, self.combiner)
+
     @property
     def retriever(self) -> WholeStore:
         """Search in the whole store."""

@@ -1,0 +1,71 @@
+"""A translator from a configuration, such as the translate.yaml that evaluate.py writes."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from lightning_knnmt.backbone.config import BackboneConfig
+from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.index.config import Device
+from lightning_knnmt.index.memory import open_memory
+from lightning_knnmt.knn.combiners.combiner import Combiner
+from lightning_knnmt.knn.gates import Gate
+from lightning_knnmt.knn.mixture import PlainModel
+from lightning_knnmt.knn.retrievers.retriever import Retriever
+from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
+
+
+def open_translator(
+    backbone: BackboneConfig,
+    datastore: Path | None = None,
+    index: str = "index",
+    knn: KnnSettings = KnnSettings(),
+    retriever: Retriever | None = None,
+    combiner: Combiner | None = None,
+    gate: Gate | None = None,
+    decoding: Decoding = Decoding(),
+    index_device: Device = "cpu",
+    mmap: bool = False,
+) -> Translator:
+    """Load a model, open its datastore, and put them together; the datastore stays open as long as the translator is.
+
+    Args:
+        backbone: The model.
+        datastore: Folder of a datastore built from that model; None: the plain model.
+        index: Name of the datastore's index.
+        knn: The usual search and mixture, where no class is chosen below.
+        retriever: Where neighbors come from.
+        combiner: How they are mixed in.
+        gate: Which rows search.
+        decoding: Beam size, batch size and length.
+        index_device: Where the index is searched.
+        mmap: Leave the index's entries on the disk.
+    """
+    chosen = MixtureConfig.of(knn, retriever, combiner, gate)
+    if datastore is None:
+        return Translator(backbone.load(), PlainModel(), decoding)
+    memory = open_memory(datastore, index, mmap, index_device)
+    model = backbone.load()
+    return Translator(model, chosen.open(model, memory), decoding)
+
+
+def load_translator(path: Path | str) -> Translator:
+    """The translator of a configuration file with the options of `translate.py`.
+
+    Args:
+        path: A file such as the translate.yaml that evaluate.py writes; paths in it count from the current folder.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It has an option that is unknown or does not fit.
+        DatastoreError: The datastore is missing, damaged, or of another model.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"path is {path}, which is no file; expected a configuration such as translate.yaml")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_function_arguments(open_translator)
+    try:
+        options = parser.instantiate_classes(parser.parse_path(str(path)))
+    except Exception as error:
+        raise ValueError(f"{path} is no configuration of translate.py: {error}") from error
+    return open_translator(**options)
