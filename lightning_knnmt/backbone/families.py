@@ -67,19 +67,25 @@ def _like_bart(
     )
 
 
+_LIKE_T5 = Family(
+    output_projection=lambda model: model.lm_head,
+    feed_forward=lambda model: model.decoder.block[-1].layer[-1].DenseReluDense,
+    last_block=lambda model: model.decoder.block[-1],
+    feed_forward_layers=lambda model: [
+        module for module in model.decoder.block[-1].layer[-1].modules() if isinstance(module, nn.Linear)
+    ],
+    final_norm=lambda model: model.decoder.final_layer_norm,
+)
+
 FAMILIES: dict[str, Family] = {
+    "bart": _like_bart(final_norm=_last_blocks_norm),
     "marian": _like_bart(final_norm=_last_blocks_norm),
     "m2m_100": _like_bart(final_norm=_norm_behind_blocks),
-    "mbart": _like_bart(final_norm=_norm_behind_blocks),
-    "t5": Family(
-        output_projection=lambda model: model.lm_head,
-        feed_forward=lambda model: model.decoder.block[-1].layer[-1].DenseReluDense,
-        last_block=lambda model: model.decoder.block[-1],
-        feed_forward_layers=lambda model: [
-            module for module in model.decoder.block[-1].layer[-1].modules() if isinstance(module, nn.Linear)
-        ],
-        final_norm=lambda model: model.decoder.final_layer_norm,
-    ),
+    "mbart": _like_bart(final_norm=_norm_behind_blocks),  # and mBART-50
+    "pegasus": _like_bart(final_norm=_norm_behind_blocks),
+    "t5": _LIKE_T5,
+    "mt5": _LIKE_T5,
+    "umt5": _LIKE_T5,
     "fsmt": _like_bart(
         final_norm=_last_blocks_norm,
         output_projection=lambda model: model.model.decoder.output_projection,
