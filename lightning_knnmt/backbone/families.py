@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from lightning_knnmt.backbone.tokenization import FSMTTokenizer
+from lightning_knnmt.data.sentences import SentenceSplitter
 
 if TYPE_CHECKING:
     from lightning_knnmt.backbone.keyed_model import KeyedModel
@@ -124,6 +125,20 @@ def family_of(config: PretrainedConfig, name: str) -> Family:
             "add a Family to lightning_knnmt/backbone/families.py"
         )
     return FAMILIES[config.model_type]
+
+
+def splitter_of(config: PretrainedConfig, sentences: str) -> SentenceSplitter | None:
+    """What cuts texts into sentences for a model; None: nothing does.
+
+    Args:
+        config: The model's, whose `sentence_languages` say what its family is used to.
+        sentences: As in `BackboneConfig`.
+
+    Raises:
+        ValueError: These are no languages.
+    """
+    languages = getattr(config, "sentence_languages", None) if sentences == "auto" else sentences
+    return None if languages in (None, "none") else SentenceSplitter(languages)
 
 
 def logits_bias(model: PreTrainedModel) -> Tensor | None:

@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from lightning_knnmt.backbone.batch import Batch, collate
 from lightning_knnmt.backbone.config import BackboneConfig
-from lightning_knnmt.backbone.families import family_of, position_limit
+from lightning_knnmt.backbone.families import family_of, position_limit, splitter_of
 from lightning_knnmt.backbone.keyed_model import TokenIds
 from lightning_knnmt.backbone.languages import check_target_prefix, decoder_start, set_languages
 from lightning_knnmt.backbone.pretrained import PretrainedModel
@@ -32,6 +32,7 @@ class Seq2SeqModel(PretrainedModel):
         hub = AutoConfig.from_pretrained(config.model)
         self.family = family_of(hub, self.name)
         self.position_limit = position_limit(hub)
+        self.splitter = splitter_of(hub, config.sentences)
         self.tokenizer = self.family.tokenizer.from_pretrained(config.model)
         set_languages(self.tokenizer, self.name, config.src_lang, config.tgt_lang)
         check_target_prefix(self.tokenizer, self.name, config.src_prefix)

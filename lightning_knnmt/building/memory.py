@@ -51,7 +51,7 @@ def build_memory(
     check_texts(sources=sources, targets=targets)
     if len(sources) != len(targets):
         raise ValueError(f"there are {len(sources)} sources and {len(targets)} targets, expected as many of each")
-    pairs = [Pair(src, tgt) for src, tgt in zip(sources, targets, strict=True)]
+    pairs = list(model.split_pairs(Pair(src, tgt) for src, tgt in zip(sources, targets, strict=True)))
     return _in_ram(model, pairs) if folder is None else _on_disk(model, pairs, Path(folder), index)
 
 

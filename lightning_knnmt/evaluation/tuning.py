@@ -198,6 +198,7 @@ class ReferenceStep:
 @torch.inference_mode()
 def reference_steps(model: KeyedModel, pairs: Sequence[Pair], max_tokens: int) -> Iterator[ReferenceStep]:
     """Teacher-forced passes over the references of some pairs, one batch at a time."""
+    pairs = list(model.split_pairs(pairs))
     ids = model.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])
     lengths = [max(len(src), len(tgt)) for src, tgt in zip(ids.src, ids.tgt, strict=True)]
     for numbers in token_budget_batches(lengths, max_tokens):
