@@ -65,6 +65,7 @@ def _like_bart(
 
 
 FAMILIES: dict[str, Family] = {
+    "firefox": _like_bart(final_norm=_last_blocks_norm),
     "marian": _like_bart(final_norm=_last_blocks_norm),
     "m2m_100": _like_bart(final_norm=_norm_behind_blocks),
     "mbart": _like_bart(final_norm=_norm_behind_blocks),
