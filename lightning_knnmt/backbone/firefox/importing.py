@@ -83,7 +83,8 @@ class ShippedFiles:
             files = sorted(file for file in folder.iterdir() if name.fullmatch(file.name))
             if len(files) > 1:
                 raise ValueError(f"{folder} has {', '.join(file.name for file in files)}, expected one {kind}")
-            found |= {kind: file for file in files}
+            if files:
+                found[kind] = files[0]
         source = found.get("source vocabulary", found.get("vocabulary"))
         target = found.get("target vocabulary", found.get("vocabulary"))
         if "model" not in found or source is None or target is None:
@@ -103,9 +104,14 @@ class ShippedFiles:
         return sums
 
 
-def record_of(files: ShippedFiles, provenance: Provenance) -> dict[str, object]:
+def record_of(files: ShippedFiles, provenance: Provenance, positions: int) -> dict[str, object]:
     """What distinguishes an import from another one; equal records give equal folders."""
-    return {"format": _FORMAT, "files": files.checksums(), "provenance": asdict(provenance)}
+    return {
+        "format": _FORMAT,
+        "files": files.checksums(),
+        "positions": positions,
+        "provenance": asdict(provenance),
+    }
 
 
 def write_folder(files: ShippedFiles, provenance: Provenance, out: Path, positions: int = 512) -> None:
@@ -120,7 +126,7 @@ def write_folder(files: ShippedFiles, provenance: Provenance, out: Path, positio
     Raises:
         ValueError: A file is damaged, or the model is of another kind.
     """
-    record = record_of(files, provenance)
+    record = record_of(files, provenance, positions)
     with tempfile.TemporaryDirectory() as folder:
         files = _decompressed(files, Path(folder))
         _write_model(files, out, positions)
@@ -134,12 +140,13 @@ def write_folder(files: ShippedFiles, provenance: Provenance, out: Path, positio
 
 def _write_model(files: ShippedFiles, out: Path, positions: int) -> None:
     marian = read_marian_file(files.model)
-    name = str(files.model.name)
+    name = files.model.name
     config = config_of(marian, name, max_position_embeddings=positions)
-    _check_vocabularies(files, len(marian.tensors["Wemb" if config.share_encoder_decoder_embeddings else "encoder_Wemb"]),
-                        len(marian.tensors["Wemb" if config.share_encoder_decoder_embeddings else "decoder_Wemb"]))  # fmt: skip
     if config.share_encoder_decoder_embeddings and files.source_vocabulary != files.target_vocabulary:
         raise ValueError(f"{name} shares its embeddings, but there are two vocabularies; expected one, vocab*.spm")
+    sides = ("Wemb", "Wemb") if config.share_encoder_decoder_embeddings else ("encoder_Wemb", "decoder_Wemb")
+    for file, side in zip((files.source_vocabulary, files.target_vocabulary), sides, strict=True):
+        _check_vocabulary(file, len(marian.tensors[side]))
     model = FirefoxForConditionalGeneration(config)
     model.load_state_dict(state_dict_of(marian, config, name))
     model.generation_config = generation_config_of(config)
@@ -158,13 +165,12 @@ def generation_config_of(config: FirefoxConfig) -> GenerationConfig:
     )
 
 
-def _check_vocabularies(files: ShippedFiles, source: int, target: int) -> None:
-    for file, tokens in ((files.source_vocabulary, source), (files.target_vocabulary, target)):
-        pieces = _pieces(file)
-        if len(pieces) != tokens:
-            raise ValueError(f"{file.name} has {len(pieces)} tokens, expected the model's {tokens}")
-        if pieces[:2] != ["</s>", "<unk>"]:
-            raise ValueError(f"{file.name} begins with {', '.join(pieces[:2])}, expected </s>, <unk>")
+def _check_vocabulary(file: Path, tokens: int) -> None:
+    pieces = _pieces(file)
+    if len(pieces) != tokens:
+        raise ValueError(f"{file.name} has {len(pieces)} tokens, expected the model's {tokens}")
+    if pieces[:2] != ["</s>", "<unk>"]:
+        raise ValueError(f"{file.name} begins with {', '.join(pieces[:2])}, expected </s>, <unk>")
 
 
 def _write_tokenizer(files: ShippedFiles, provenance: Provenance, out: Path, positions: int) -> None:
@@ -233,7 +239,7 @@ def _decompressed(files: ShippedFiles, folder: Path) -> ShippedFiles:
 def _card(record: dict[str, object], provenance: Provenance, shortlist: bool) -> str:
     """The model card."""
     languages = [code for code in (provenance.src_lang, provenance.tgt_lang) if code]
-    head = "".join(["---\n", "library_name: transformers\npipeline_tag: translation\n"])
+    head = "---\nlibrary_name: transformers\npipeline_tag: translation\n"
     head += "".join(["language:\n", *(f"- {code}\n" for code in languages)]) if languages else ""
     direction = " → ".join(languages) or "translation"
     files = "\n".join(f"- `{name}`, SHA-256 `{checksum}`" for name, checksum in dict(record["files"]).items())  # type: ignore[call-overload]

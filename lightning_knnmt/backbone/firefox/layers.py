@@ -46,7 +46,11 @@ class Embedding(nn.Module):
         return F.dropout(embedded + positions, self.dropout, self.training)
 
     def _table(self, length: int, like: Tensor) -> Tensor:
-        if len(self._positions) < length or self._positions.device != like.device or self._positions.dtype != like.dtype:
+        if (
+            len(self._positions) < length
+            or self._positions.device != like.device
+            or self._positions.dtype != like.dtype
+        ):
             with torch.inference_mode(False), torch.no_grad():
                 longer = 1 << (length - 1).bit_length()
                 self._positions = sinusoids(longer, like.shape[1]).to(like.device, like.dtype)

@@ -123,7 +123,7 @@ def state_dict_of(model: MarianModel, config: FirefoxConfig, source: str) -> dic
     state = {}
     for ours, theirs, inside, outside in _layer_names(config):
         values = take(theirs, outside) if ours.endswith("bias") or "norm" in ours else take(theirs, inside, outside).T
-        state[ours] = torch.from_numpy(np.ascontiguousarray(values))
+        state[ours] = torch.tensor(values)
     sides = ("Wemb", "Wemb") if config.share_encoder_decoder_embeddings else ("encoder_Wemb", "decoder_Wemb")
     for side, name in zip(("encoder", "decoder"), sides, strict=True):
         state[f"model.{side}.embed_tokens.weight"] = _padded(take(name, len(_tensor(model, name, source)), size), rows)
@@ -135,7 +135,7 @@ def state_dict_of(model: MarianModel, config: FirefoxConfig, source: str) -> dic
         weight = take(output, tokens, size) if output.endswith("_Wt") else take(output, size, tokens).T
         state["lm_head.weight"] = _padded(weight, rows)
     bias = torch.full((rows,), UNUSED_BIAS)
-    bias[:tokens] = torch.from_numpy(take("decoder_ff_logit_out_b", tokens))
+    bias[:tokens] = torch.tensor(take("decoder_ff_logit_out_b", tokens))
     state["lm_head.bias"] = bias
     if left := sorted(model.tensors.keys() - read):
         raise ValueError(f"{source} has {', '.join(left[:5])}, expected only what such a model needs")
@@ -168,5 +168,5 @@ def _tensor(model: MarianModel, name: str, source: str) -> NDArray[np.float32]:
 
 def _padded(weight: NDArray[np.float32], rows: int) -> Tensor:
     padded = torch.zeros(rows, weight.shape[1])
-    padded[: len(weight)] = torch.from_numpy(np.ascontiguousarray(weight))
+    padded[: len(weight)] = torch.tensor(weight)
     return padded
