@@ -137,7 +137,7 @@ class EncoderLayer(nn.Module):
         """States (B, S, D) to states."""
         attended = self.self_attn(states, *self.self_attn.keys_and_values(states), mask)
         states = self.self_attn_layer_norm(states + F.dropout(attended, self.dropout, self.training))
-        output = self.fc2(F.relu(self.fc1(states)))
+        output = self.fc2(F.relu(self.fc1(states), inplace=True))
         return self.final_layer_norm(states + F.dropout(output, self.dropout, self.training))
 
 
@@ -169,5 +169,5 @@ class DecoderLayer(nn.Module):
         together = states.reshape(len(keys), -1, states.shape[-1])  # [R, T, D] -> [B, R / B * T, D], a source's rows
         attended = self.encoder_attn(together, keys, values, mask).view(states.shape)
         states = self.encoder_attn_layer_norm(states + F.dropout(attended, self.dropout, self.training))
-        output = self.fc2(F.relu(self.fc1(states)))
+        output = self.fc2(F.relu(self.fc1(states), inplace=True))
         return self.final_layer_norm(states + F.dropout(output, self.dropout, self.training)), cell
