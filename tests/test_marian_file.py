@@ -105,7 +105,7 @@ def test_every_truncation_and_appendix_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"model\.bin is damaged"):
             read_marian_file(path)
     path.write_bytes(content + b"\0")
-    with pytest.raises(ValueError, match="its tensors claim .* bytes, expected the"):
+    with pytest.raises(ValueError, match=r"its tensors claim .* bytes, expected the"):
         read_marian_file(path)
 
 
@@ -148,7 +148,7 @@ def test_options_that_are_no_mapping_are_refused(tmp_path: Path, text: bytes, me
 
 def test_a_file_without_options_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "model.npz", **SMALL)
-    with pytest.raises(ValueError, match="it holds no special:model.yml, expected the training options there"):
+    with pytest.raises(ValueError, match=r"it holds no special:model\.yml, expected the training options there"):
         read_marian_file(tmp_path / "model.npz")
 
 

@@ -33,8 +33,6 @@ class FirefoxPreTrainedModel(PreTrainedModel):
             nn.init.ones_(module.weight)
         if isinstance(getattr(module, "bias", None), nn.Parameter):
             nn.init.zeros_(module.bias)
-        if isinstance(module, FirefoxForConditionalGeneration):
-            module.lm_head.bias[self.config.pad_token_id] = UNUSED_BIAS
 
 
 class FirefoxEncoder(FirefoxPreTrainedModel):
@@ -152,6 +150,8 @@ class FirefoxForConditionalGeneration(FirefoxPreTrainedModel, GenerationMixin):
         if config.share_encoder_decoder_embeddings:
             self._tied_weights_keys["model.encoder.embed_tokens.weight"] = "model.decoder.embed_tokens.weight"
         self.post_init()
+        with torch.no_grad():  # of a new model; loading overwrites it
+            self.lm_head.bias[config.pad_token_id] = UNUSED_BIAS
 
     def get_output_embeddings(self) -> nn.Module:
         """The output projection."""
