@@ -62,7 +62,7 @@ def native_translator(direction: str) -> Callable[[str], str]:
     (folder,) = [Path(str(entry)) for entry in models.iterdir() if entry.name.startswith(f"{direction}-")]
     translate = _native.NativeDirection(str(folder)).translate
     translate("Good morning.")
-    return translate  # type: ignore[no-any-return]
+    return translate
 
 
 class WithinShortlist:

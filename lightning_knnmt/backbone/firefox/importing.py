@@ -147,8 +147,9 @@ def _write_model(files: ShippedFiles, out: Path, positions: int) -> None:
     sides = ("Wemb", "Wemb") if config.share_encoder_decoder_embeddings else ("encoder_Wemb", "decoder_Wemb")
     for file, side in zip((files.source_vocabulary, files.target_vocabulary), sides, strict=True):
         _check_vocabulary(file, len(marian.tensors[side]))
+    state = state_dict_of(marian, config, name)  # compares all sizes before a model of that size is made
     model = FirefoxForConditionalGeneration(config)
-    model.load_state_dict(state_dict_of(marian, config, name))
+    model.load_state_dict(state)
     model.generation_config = generation_config_of(config)
     model.save_pretrained(out)
     log.info("%s: %.1f M parameters, %d tokens", name, model.num_parameters() / 1e6, config.vocab_size - 1)

@@ -1,6 +1,7 @@
 """The layers of Firefox Translations models, as Marian computes them: norms behind the sub-layers, sums before."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ class Embedding(nn.Module):
 
     def __init__(self, config: FirefoxConfig) -> None:
         super().__init__()
-        self.pad_id, self.scale, self.dropout = config.pad_token_id, math.sqrt(config.d_model), config.dropout
+        self.pad_id = cast(int, config.pad_token_id)
+        self.scale, self.dropout = math.sqrt(config.d_model), config.dropout
         self._positions = torch.empty(0, config.d_model)  # no buffer: made anew wherever it is needed
 
     def forward(self, tokens: nn.Embedding, ids: Tensor, start: int = 0) -> Tensor:

@@ -24,9 +24,15 @@ _ACTIVATION_SCALE = "_QuantMultA"  # ends the names of what only integer arithme
 _UNTRANSPOSED = ("Wemb", "_Wt")  # ends the names of quantised matrices that lie as their shape says
 
 _INT8, _FLOAT16, _FLOAT32, _INTGEMM8 = 0x0101, 0x0402, 0x0404, 0x4101
-_TYPES = {_INT8: np.dtype("i1"), _FLOAT16: np.dtype("<f2"), _FLOAT32: np.dtype("<f4"), _INTGEMM8: np.dtype("i1")}
+_TYPES: dict[int, np.dtype[Any]] = {
+    _INT8: np.dtype("i1"),
+    _FLOAT16: np.dtype("<f2"),
+    _FLOAT32: np.dtype("<f4"),
+    _INTGEMM8: np.dtype("i1"),
+}
 _TYPE_NAMES = "0x0101 (int8), 0x0402 (float16), 0x0404 (float32) or 0x4101 (intgemm8)"
 
+_ZIP = b"PK\x03\x04"  # begins an `.npz`
 _ALIGNMENT = 256
 _LONGEST_NAME = 4096
 _MOST_DIMENSIONS = 8
@@ -58,7 +64,8 @@ def read_marian_file(path: Path) -> MarianModel:
         ValueError: The file is damaged or not Marian's.
         OSError: It cannot be read.
     """
-    npz = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        npz = file.read(len(_ZIP)) == _ZIP
     tensors: dict[str, NDArray[np.float32]] = {}
     options = None
     for name, values in _npz_tensors(path) if npz else _binary_tensors(path):
@@ -194,7 +201,7 @@ def _npy_values(path: Path, name: str, file: IO[bytes], size: int) -> NDArray[An
     """One array, read without numpy's own reader, which allocates what the header claims."""
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
-        shape, fortran, kind = readers[np.lib.format.read_magic(file)](file)  # type: ignore[arg-type]
+        shape, fortran, kind = readers[np.lib.format.read_magic(file)](file)
     except (ValueError, KeyError) as error:
         raise _damaged(path, f"{name} is no array that numpy wrote: {error}") from error
     if kind not in (np.dtype("<f4"), np.dtype("<f2"), np.dtype("i1")):

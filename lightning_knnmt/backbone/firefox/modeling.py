@@ -1,6 +1,6 @@
 """Firefox Translations models as Hugging Face models, which `generate` decodes with like any other."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +31,8 @@ class FirefoxPreTrainedModel(PreTrainedModel):
             nn.init.normal_(module.weight, std=self.config.init_std)
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
-        if isinstance(getattr(module, "bias", None), nn.Parameter):
-            nn.init.zeros_(module.bias)
+        if isinstance(bias := getattr(module, "bias", None), nn.Parameter):
+            nn.init.zeros_(bias)
 
 
 class FirefoxEncoder(FirefoxPreTrainedModel):
@@ -46,7 +46,7 @@ class FirefoxEncoder(FirefoxPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.embedding = Embedding(config)
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
+        self.layers: Any = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))
         self.post_init()
 
     def forward(
@@ -84,7 +84,7 @@ class FirefoxDecoder(FirefoxPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         self.embedding = Embedding(config)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
+        self.layers: Any = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.post_init()
 
     def memory(self, states: Tensor, attention_mask: Tensor | None) -> SourceMemory:
@@ -98,7 +98,8 @@ class FirefoxDecoder(FirefoxPreTrainedModel):
         memory = cache.memory
         assert memory is not None, "the caller fills it"
         states = self.embedding(self.embed_tokens, input_ids, cache.length)
-        seen, cells = [states], cache.cells or [None] * len(self.layers)
+        seen: list[Tensor] = [states]
+        cells: list[Any] = cache.cells or [None] * len(self.layers)
         for number, layer in enumerate(self.layers):
             states, cells[number] = layer(
                 states, cells[number], memory.keys[number], memory.values[number], memory.mask
@@ -126,7 +127,7 @@ class FirefoxModel(FirefoxPreTrainedModel):
         """The source's embeddings."""
         return self.encoder.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replace them, and the target's if both share them."""
         self.encoder.embed_tokens = value
         if self.config.share_encoder_decoder_embeddings:
@@ -220,7 +221,7 @@ class FirefoxForConditionalGeneration(FirefoxPreTrainedModel, GenerationMixin):
         output = Seq2SeqLMOutput(
             loss=None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten()),
             logits=logits,
-            past_key_values=cache if keep else None,
+            past_key_values=cast(Any, cache) if keep else None,
             decoder_hidden_states=tuple(seen) if wanted else None,
             encoder_last_hidden_state=None if encoder_outputs is None else encoder_outputs[0],
             encoder_hidden_states=encoder_outputs.get("hidden_states") if wanted and encoder_outputs else None,
@@ -233,7 +234,7 @@ class FirefoxForConditionalGeneration(FirefoxPreTrainedModel, GenerationMixin):
         moved = torch.cat([start, labels[:, :-1]], dim=1)
         return moved.masked_fill(moved < 0, self.config.pad_token_id)
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *_: Any, **__: Any
     ) -> None:
         """Called by `generate`, before its first step."""
@@ -269,10 +270,10 @@ def _own_cache(cache: Any) -> FirefoxCache:
     return cache
 
 
-def _refuse_attentions(config: FirefoxConfig, wanted: bool | None) -> None:
+def _refuse_attentions(config: Any, wanted: bool | None) -> None:
     if wanted or (wanted is None and config.output_attentions):
         raise ValueError("output_attentions is True, expected False: attention weights are never formed")
 
 
-def _wanted(config: FirefoxConfig, output_hidden_states: bool | None) -> bool:
+def _wanted(config: Any, output_hidden_states: bool | None) -> bool:
     return bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
