@@ -5,8 +5,11 @@ import logging
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from lightning_knnmt.backbone.firefox.importing import RECORD, Provenance, ShippedFiles, record_of, write_folder
+from lightning_knnmt.backbone.firefox.importing import RECORD, record_of, write_folder
+from lightning_knnmt.backbone.firefox.model_card import Provenance
+from lightning_knnmt.backbone.firefox.shipped_files import ShippedFiles
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.data.model_wheel import ModelWheel
 
@@ -63,7 +66,7 @@ def import_model(
     log.info("wrote %s", out)
 
 
-def _holds(out: Path, record: dict[str, object]) -> bool:
+def _holds(out: Path, record: dict[str, Any]) -> bool:
     """Whether the folder was written by an equal import."""
     try:
         return bool(json.loads((out / RECORD).read_text(encoding="utf-8")) == record)

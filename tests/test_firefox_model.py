@@ -17,8 +17,10 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer, Dynam
 
 from lightning_knnmt.backbone import Backbone, Batch
 from lightning_knnmt.backbone.firefox import FirefoxCache, FirefoxConfig, FirefoxForConditionalGeneration
-from lightning_knnmt.backbone.firefox.importing import Provenance, ShippedFiles, write_folder
+from lightning_knnmt.backbone.firefox.importing import write_folder
 from lightning_knnmt.backbone.firefox.layers import sinusoids
+from lightning_knnmt.backbone.firefox.model_card import Provenance
+from lightning_knnmt.backbone.firefox.shipped_files import ShippedFiles
 
 ROOT = Path(__file__).parents[1]
 

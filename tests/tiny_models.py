@@ -34,7 +34,9 @@ from transformers import (
 from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES as MBART_CODES
 from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES as MBART50_CODES
 
-from lightning_knnmt.backbone.firefox.importing import Provenance, ShippedFiles, write_folder
+from lightning_knnmt.backbone.firefox.importing import write_folder
+from lightning_knnmt.backbone.firefox.model_card import Provenance
+from lightning_knnmt.backbone.firefox.shipped_files import ShippedFiles
 from lightning_knnmt.backbone.scratch import ModelShape, init_model
 
 GERMAN = [

@@ -1,21 +1,21 @@
 """From the files that Firefox Translations and Bergamot ship to an ordinary Hugging Face folder."""
 
-import gzip
-import hashlib
 import json
 import logging
-import re
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
 from transformers import GenerationConfig
 
 from lightning_knnmt.backbone.firefox.configuration import FirefoxConfig
 from lightning_knnmt.backbone.firefox.marian_file import read_marian_file
+from lightning_knnmt.backbone.firefox.model_card import Provenance, model_card
 from lightning_knnmt.backbone.firefox.modeling import FirefoxForConditionalGeneration
+from lightning_knnmt.backbone.firefox.shipped_files import ShippedFiles
 from lightning_knnmt.backbone.firefox.shortlist import SHORTLIST_FILE, read_shortlist
 from lightning_knnmt.backbone.firefox.tokenization import FirefoxTokenizer
 from lightning_knnmt.backbone.firefox.weights import config_of, state_dict_of
@@ -26,85 +26,9 @@ RECORD = "import.json"  # what was imported, beside the model
 
 _FORMAT = 1  # of what is written; another one is imported anew
 _PAD = "<pad>"
-_LARGEST = 4 << 30  # bytes of a decompressed file
-_KINDS = {
-    "model": re.compile(r"model.*\.(bin|npz)(\.gz)?"),
-    "vocabulary": re.compile(r"vocab.*\.spm(\.gz)?"),
-    "source vocabulary": re.compile(r"srcvocab.*\.spm(\.gz)?"),
-    "target vocabulary": re.compile(r"trgvocab.*\.spm(\.gz)?"),
-    "shortlist": re.compile(r"lex.*\.bin(\.gz)?"),
-}
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where a model comes from, for its card.
-
-    Attributes:
-        source: The package or folder.
-        licence: What is known of the weights' licence.
-        src_lang: Language code of the source.
-        tgt_lang: Language code of the target.
-    """
-
-    source: str
-    licence: str = "unknown; ask whoever published the weights"
-    src_lang: str | None = None
-    tgt_lang: str | None = None
-
-
-@dataclass(frozen=True)
-class ShippedFiles:
-    """The files of one translation direction.
-
-    Attributes:
-        model: Marian's `.bin` or `.npz`.
-        source_vocabulary: SentencePiece model of the source.
-        target_vocabulary: That of the target; the same file where there is one vocabulary.
-        shortlist: Binary lexical shortlist, if there is one.
-    """
-
-    model: Path
-    source_vocabulary: Path
-    target_vocabulary: Path
-    shortlist: Path | None = None
-
-    @classmethod
-    def of(cls, folder: Path) -> "ShippedFiles":
-        """The files of a folder, told by their names as Firefox gives them.
-
-        Raises:
-            ValueError: A file is missing, or there are several of a kind.
-        """
-        if not folder.is_dir():
-            raise ValueError(f"folder is {folder}, which is no folder; expected one with a model and its vocabulary")
-        found: dict[str, Path] = {}
-        for kind, name in _KINDS.items():
-            files = sorted(file for file in folder.iterdir() if name.fullmatch(file.name))
-            if len(files) > 1:
-                raise ValueError(f"{folder} has {', '.join(file.name for file in files)}, expected one {kind}")
-            if files:
-                found[kind] = files[0]
-        source = found.get("source vocabulary", found.get("vocabulary"))
-        target = found.get("target vocabulary", found.get("vocabulary"))
-        if "model" not in found or source is None or target is None:
-            raise ValueError(
-                f"{folder} lacks a model or a vocabulary, expected model*.bin or model*.npz, "
-                "and vocab*.spm or srcvocab*.spm with trgvocab*.spm, each perhaps with .gz"
-            )
-        return cls(found["model"], source, target, found.get("shortlist"))
-
-    def checksums(self) -> dict[str, str]:
-        """SHA-256 of each file, by its name."""
-        files = {file for file in vars(self).values() if file is not None}
-        sums = {}
-        for file in sorted(files):
-            with file.open("rb") as content:
-                sums[file.name] = hashlib.file_digest(content, "sha256").hexdigest()
-        return sums
-
-
-def record_of(files: ShippedFiles, provenance: Provenance, positions: int) -> dict[str, object]:
+def record_of(files: ShippedFiles, provenance: Provenance, positions: int) -> dict[str, Any]:
     """What distinguishes an import from another one; equal records give equal folders."""
     return {
         "format": _FORMAT,
@@ -128,13 +52,15 @@ def write_folder(files: ShippedFiles, provenance: Provenance, out: Path, positio
     """
     record = record_of(files, provenance, positions)
     with tempfile.TemporaryDirectory() as folder:
-        files = _decompressed(files, Path(folder))
+        files = files.decompressed(Path(folder))
         _write_model(files, out, positions)
         _write_tokenizer(files, provenance, out, positions)
         if files.shortlist is not None:
             _check_shortlist(files)
             shutil.copyfile(files.shortlist, out / SHORTLIST_FILE)
-    (out / "README.md").write_text(_card(record, provenance, files.shortlist is not None), encoding="utf-8")
+    (out / "README.md").write_text(
+        model_card(record["files"], provenance, files.shortlist is not None), encoding="utf-8"
+    )
     (out / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
@@ -217,40 +143,3 @@ def _check_shortlist(files: ShippedFiles) -> None:
     sources = len(_pieces(files.source_vocabulary))
     if len(shortlist.offsets) != sources + 1:
         raise ValueError(f"{files.shortlist.name} has {len(shortlist.offsets) - 1} source tokens, expected {sources}")
-
-
-def _decompressed(files: ShippedFiles, folder: Path) -> ShippedFiles:
-    """The files with those that end in .gz decompressed into a folder."""
-    plain: dict[str, Path | None] = {}
-    for kind, file in vars(files).items():
-        plain[kind] = file
-        if file is not None and file.suffix == ".gz":
-            plain[kind] = target = folder / file.stem
-            try:
-                with gzip.open(file) as source, target.open("wb") as content:
-                    while piece := source.read(1 << 20):
-                        content.write(piece)
-                        if content.tell() > _LARGEST:
-                            raise ValueError(f"{file} decompresses to more than {_LARGEST} bytes, expected fewer")
-            except (EOFError, gzip.BadGzipFile) as error:
-                raise ValueError(f"{file} is damaged or no gzip file: {error}") from error
-    return ShippedFiles(**plain)  # type: ignore[arg-type]
-
-
-def _card(record: dict[str, object], provenance: Provenance, shortlist: bool) -> str:
-    """The model card."""
-    languages = [code for code in (provenance.src_lang, provenance.tgt_lang) if code]
-    head = "---\nlibrary_name: transformers\npipeline_tag: translation\n"
-    head += "".join(["language:\n", *(f"- {code}\n" for code in languages)]) if languages else ""
-    direction = " → ".join(languages) or "translation"
-    files = "\n".join(f"- `{name}`, SHA-256 `{checksum}`" for name, checksum in dict(record["files"]).items())  # type: ignore[call-overload]
-    return (
-        f"{head}---\n\n"
-        f"# {direction}, a student of the Firefox Translations / Bergamot family\n\n"
-        "Transformer encoder, SSRU decoder; 8-bit weights of Marian written as float32. Made by `import_model.py` of "
-        "lightning-knnmt, whose package must be imported before `AutoModelForSeq2SeqLM` loads this folder. Translate "
-        "one sentence at a time.\n\n"
-        f"**Source:** {provenance.source}\n\n{files}\n\n"
-        f"**Licence of the weights:** {provenance.licence}.\n"
-        + (f"\n`{SHORTLIST_FILE}` is the lexical shortlist of the original.\n" if shortlist else "")
-    )
