@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
 FolderOf = Callable[[str], Path]
 SCHEDULE = Schedule(lr=1e-2, warmup_steps=1)
 LAST_BLOCK = {
+    "firefox": ["decoder.layers.1.fc1", "decoder.layers.1.fc2", "decoder.layers.1.final_layer_norm", "lm_head"],
     "marian": ["decoder.layers.1.fc1", "decoder.layers.1.fc2", "decoder.layers.1.final_layer_norm", "lm_head"],
     "m2m_100": ["decoder.layers.1.fc1", "decoder.layers.1.fc2", "decoder.layer_norm", "lm_head"],
     "mbart": ["decoder.layers.1.fc1", "decoder.layers.1.fc2", "decoder.layer_norm", "lm_head"],
