@@ -39,7 +39,7 @@ REGULARISERS: dict[str, losses.Dispersion] = {
     "sliced": losses.SlicedDispersion(),
     "sliced, 4 circles": losses.SlicedDispersion(circles=4),
     "axis-aligned": losses.AxisAlignedSlicedDispersion(),
-    "spherical variance": losses.SphericalVariance(),
+    "mean resultant length": losses.MeanResultantLength(),
     "MHE": losses.HypersphericalEnergy(max_points=1024),
     "MMD": losses.KernelDispersion(max_points=1024),
     "KoLeo": losses.KoLeo(max_points=1024),

@@ -175,7 +175,7 @@ def test_losses_and_their_gradients_are_those_computed_by_hand(
     gamma, smoothing = 2.5, 0.1
     options = (
         "--model.trainable=last_block",
-        "--model.dispersion=SphericalVariance",
+        "--model.dispersion=MeanResultantLength",
         f"--model.gamma={gamma}",
         "--data.max_tokens=10000",
     )
@@ -216,7 +216,7 @@ def test_gamma_0_trains_the_same_weights_as_no_dispersion_and_logs_it(
     still_marian: Path, data: list[str], tmp_path: Path
 ) -> None:
     plain = fit(tmp_path / "plain", still_marian, data)
-    zero = fit(tmp_path / "zero", still_marian, data, "--model.dispersion=SphericalVariance", "--model.gamma=0")
+    zero = fit(tmp_path / "zero", still_marian, data, "--model.dispersion=MeanResultantLength", "--model.gamma=0")
     assert column(zero, "train/loss") == column(plain, "train/loss") == column(zero, "train/translation_loss")
     assert len(column(zero, "train/dispersion")) == 4 and not column(plain, "train/dispersion")
     weights = [
@@ -247,7 +247,7 @@ def test_training_with_dispersion_spreads_keys_more_than_without(
 def test_mixed_precision_trains_float32_weights_to_nearly_the_same_loss(
     still_marian: Path, data: list[str], tmp_path: Path
 ) -> None:
-    options = ("--model.trainable=last_block", "--model.dispersion=SphericalVariance")
+    options = ("--model.trainable=last_block", "--model.dispersion=MeanResultantLength")
     full = fit(tmp_path / "full", still_marian, data, *options)
     mixed = fit(tmp_path / "mixed", still_marian, data, *options, "--trainer.precision=bf16-mixed")
     for name in ("train/loss", "train/dispersion", "val/loss", "train/translation_gradient"):
