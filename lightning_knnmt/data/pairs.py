@@ -17,3 +17,18 @@ class Pair:
     src: str
     tgt: str
     document: str = ""
+
+
+@dataclass(frozen=True)
+class StoredContext:
+    """Where an entry comes from.
+
+    Attributes:
+        pair: The sentence pair.
+        number: The pair's number in the corpus; the numbers of a corpus that was appended follow.
+        position: Which of the target's tokens the entry predicts, from 0.
+    """
+
+    pair: Pair
+    number: int
+    position: int
