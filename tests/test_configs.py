@@ -7,7 +7,9 @@ import yaml
 from jsonargparse import ArgumentError
 from script_parsers import ROOT, SCRIPTS, parse
 
-SHARED = {ROOT / "configs" / "training.yaml": ROOT / "configs" / "base.yaml"}  # [defaults of a script -> a config of it]
+SHARED = {
+    ROOT / "configs" / "training.yaml": ROOT / "configs" / "base.yaml"
+}  # [defaults of a script -> a config of it]
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))  # of W&B, which calls a script
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path not in SWEEPS]
 

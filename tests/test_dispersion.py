@@ -469,7 +469,10 @@ def test_a_cpu_generator_gives_the_same_loss_on_the_gpu(loss):
         (lambda: F.minimum_hyperspherical_energy(vectors(), s=-2.0), r"s is -2\.0, expected 0 or more"),
         (lambda: F.koleo(vectors(), reduction="max"), r"reduction is 'max', expected one of mean, sum"),
         (lambda: F.random_great_circles(1), r"D is 1, expected 2 or more: a great circle needs two dimensions"),
-        (lambda: F.axis_aligned_sliced_dispersion(vectors(5, 1)), r"D is 1, expected 2 or more: a great circle needs two dimensions"),
+        (
+            lambda: F.axis_aligned_sliced_dispersion(vectors(5, 1)),
+            r"D is 1, expected 2 or more: a great circle needs two dimensions",
+        ),
         (lambda: F.mma(vectors().reshape(2, 10, 6)), r"shape \(2, 10, 6\).* expected floating-point vectors of shape"),
         (lambda: F.mma(torch.arange(12).reshape(4, 3)), r"type torch\.int64, expected floating-point"),
         (lambda: modules.KoLeo()(vectors(), torch.ones(20).long()), r"type torch\.int64, .*use mask\.bool\(\)"),

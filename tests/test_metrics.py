@@ -114,7 +114,9 @@ def test_metrics_stay_on_the_device_of_their_inputs() -> None:
     length.total = torch.empty(16, device=device)
     assert length.compute().device == device
     sizes = torch.empty(NLIST, dtype=torch.long, device=device)
-    assert imbalance(sizes).device == scanned(sizes, torch.empty(5, 2, dtype=torch.long, device=device)).device == device
+    assert (
+        imbalance(sizes).device == scanned(sizes, torch.empty(5, 2, dtype=torch.long, device=device)).device == device
+    )
     metric = ImbalanceFactor(NLIST).to(device)
     assert metric.compute().device == device
 

@@ -448,7 +448,10 @@ def test_report_says_every_count_in_one_line() -> None:
         ({"path": "a.tsv", "msgid_side": "de"}, "msgid_side is 'de', expected one of src, tgt"),
         ({"path": "a.tsv", "max_characters": 0}, "max_characters is 0, expected 1 or more"),
         ({"path": "a.tsv", "src_lang": " "}, "src_lang is ' ', expected a language code"),
-        ({"path": "a.tsv", "src_lang": "en-GB"}, "src_lang is 'en-GB' and tgt_lang 'en', of which one includes the other"),
+        (
+            {"path": "a.tsv", "src_lang": "en-GB"},
+            "src_lang is 'en-GB' and tgt_lang 'en', of which one includes the other",
+        ),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:

@@ -59,7 +59,9 @@ def test_perfect_translation_scores_a_hundred():
 
 def test_lengths_that_differ_are_named():
     references, system, baseline = _corpus()
-    with pytest.raises(ValueError, match=r"there are 29 hypotheses, 30 references, expected the same number.*blank lines"):
+    with pytest.raises(
+        ValueError, match=r"there are 29 hypotheses, 30 references, expected the same number.*blank lines"
+    ):
         corpus_scores(system[:-1], references)
     with pytest.raises(ValueError, match="there are 30 baseline, 28 system, 30 references, expected the same number"):
         paired_bootstrap(baseline, system[2:], references)
@@ -71,7 +73,7 @@ def test_empty_lists_are_named():
 
 
 def test_one_string_is_not_a_list_of_sentences():
-    with pytest.raises(TypeError, match="hypotheses is one string, 'Take one tablet.', expected a list of strings"):
+    with pytest.raises(TypeError, match=r"hypotheses is one string, 'Take one tablet\.', expected a list of strings"):
         corpus_scores("Take one tablet.", ["Take one tablet."])
 
 

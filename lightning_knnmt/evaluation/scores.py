@@ -158,7 +158,7 @@ def paired_bootstrap(
     check_aligned(baseline=baseline, system=system, references=references)
     check_at_least(1, samples=samples, seed=seed)
     metrics = {"BLEU": _RecordedBLEU(), "chrF2": _RecordedCHRF()}
-    systems = [("baseline", list(baseline)), ("system", list(system))]
+    systems: list[tuple[str, Sequence[str]]] = [("baseline", list(baseline)), ("system", list(system))]
     with _seeded(seed):
         test = PairedTest(systems, metrics, [list(references)], test_type="bs", n_samples=samples)
         signatures, results = test()

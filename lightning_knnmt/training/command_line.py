@@ -11,7 +11,6 @@ from typing import Any, NoReturn
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lightning_knnmt import dispersion
 from lightning_knnmt.training.callbacks import ExportBackbone
@@ -82,7 +81,7 @@ class TrainingCLI(LightningCLI):
         options = self.config_init[self.subcommand].trainer
         if options.logger in (None, True):
             kwargs["logger"] = CSVLogger(_folder(options.default_root_dir))
-        trainer = super().instantiate_trainer(**kwargs)
+        trainer: Any = super().instantiate_trainer(**kwargs)
         if not self.config_init[self.subcommand].save:
             written = (ExportBackbone, ModelCheckpoint)
             trainer.callbacks[:] = [callback for callback in trainer.callbacks if not isinstance(callback, written)]
@@ -91,7 +90,7 @@ class TrainingCLI(LightningCLI):
     def before_fit(self) -> None:
         """Refuse to mix two runs in one folder."""
         options = self.config_init[self.subcommand]
-        if options.save and not options.ckpt_path and rank_zero_only.rank == 0:
+        if options.save and not options.ckpt_path and self.trainer.is_global_zero:
             claim_folder(_folder(options.trainer.default_root_dir), options.overwrite)
 
 

@@ -30,7 +30,7 @@ def list_size_histogram(sizes: Tensor, step: int) -> Figure:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.add_subplot()
     label = f"{len(counts):,} lists, {len(counts) - len(filled):,} of them empty"
-    axes.hist(filled, bins=edges, color="tab:blue", edgecolor="white", linewidth=0.5, label=label)
+    axes.hist(filled, bins=edges.tolist(), color="tab:blue", edgecolor="white", linewidth=0.5, label=label)
     mean = counts.mean()
     axes.axvline(mean, color="black", linestyle=":", label=f"even lists: {mean:,.0f} entries each")
     axes.set(
@@ -39,7 +39,10 @@ def list_size_histogram(sizes: Tensor, step: int) -> Figure:
         xscale="log",
         title=f"Step {step:,}: imbalance factor {imbalance_factor(sizes):.2f}",
         xlim=(max(0.51, min(edges[0], mean) / 1.1), max(edges[-1], mean) * 1.1),
-        ylim=(0, 1.3 * max(bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle))),  # room for the legend
+        ylim=(
+            0,
+            1.3 * max(bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle)),
+        ),  # room for the legend
     )
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_minor_locator(NullLocator())
