@@ -22,7 +22,7 @@ from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreBuild, DatastoreConfig, build_datastore
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.building.plan import Plan, make_plan, to_text
-from lightning_knnmt.building.removal import remove_documents
+from lightning_knnmt.building.remove import remove_documents
 from lightning_knnmt.building.updating import Change, append_pairs, compact
 from lightning_knnmt.building.verify import verify
 from lightning_knnmt.cli import USER_ERROR, log_cut, run_script

@@ -153,7 +153,7 @@ def test_keys_beyond_fp16_are_refused_and_the_pair_is_named(
     backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     keys = backbone.keys
-    wanted = backbone.tokenize([PAIRS[11].src])[0][0]
+    wanted = backbone.tokenize([PAIRS[11].src]).src[0]
 
     def overflowing(batch: Batch) -> torch.Tensor:
         found = keys(batch).clone()

@@ -26,9 +26,9 @@ from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.datastore import Manifest
-from lightning_knnmt.datastore.manifest import BUILDING
 from lightning_knnmt.storage import ranks
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.layout import BUILDING
 from lightning_knnmt.storage.lock import only_writer
 from lightning_knnmt.storage.ranks import Processes, Ranks
 

@@ -82,4 +82,3 @@ class MappedKeys:
             for shard in self._shards:
                 if hasattr(mmap, "MADV_DONTNEED"):
                     shard._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
-

@@ -7,6 +7,7 @@ import faiss
 
 from lightning_knnmt.index.layers import find_ivf, innermost, returns_hamming
 
+RawIndex = faiss.Index  # of any family; others need not import FAISS to name it
 REFINED = 4  # candidates for each neighbor that a Refine index scores again; FAISS's 1 would only correct distances
 
 
@@ -30,15 +31,6 @@ def refusing(factory: str, what: str, expected: str) -> Iterator[None]:
                 f"FAISS cannot {what} on a GPU ({error}); expected one with enough free memory: choose device: cpu"
             ) from error
         raise ValueError(f"factory is {factory!r}, which FAISS cannot {what} ({error}); expected {expected}") from error
-
-
-def default_train_points(nlist: int | None) -> int:
-    """Keys to train on if nothing else is asked for.
-
-    Args:
-        nlist: Inverted lists; None if the index has none.
-    """
-    return max(65536, 64 * (nlist or 0))
 
 
 def make_index(factory: str, key_size: int) -> faiss.Index:

@@ -7,18 +7,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
-from lightning_knnmt.building.datastore import DatastoreConfig
-from lightning_knnmt.building.encoder import items_of, write_shard
+from lightning_knnmt.building.config import DatastoreConfig
+from lightning_knnmt.building.encoder import Tokenized, write_shard
 from lightning_knnmt.data.boxes import box_batches
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.datastore import Manifest, Provenance, ShardInfo
-from lightning_knnmt.datastore.manifest import shard_name
 from lightning_knnmt.storage.files import file_sha256
+from lightning_knnmt.storage.layout import shard_file
 from lightning_knnmt.timing import now, peak_memory_mb
 
-COUNTED = 8  # pairs whose tokens are counted for each pair that is encoded
-HELD_BYTES = 55  # in memory of a token of either side: its number, and its share of the pair and its texts
+TOKENIZED_PER_ENCODED = 8  # pairs of the sample for each one that is encoded
+BYTES_PER_TOKEN = 55  # in memory, of either side: its number, and its share of the pair and its texts
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class EncodingRates:
     batches: float  # bytes that batches take beside
 
 
-def measure_encoding(backbone: KeyedModel, config: DatastoreConfig, pairs: int, folder: Path) -> EncodingRates:
+def measure_encoding(model: KeyedModel, config: DatastoreConfig, pairs: int, folder: Path) -> EncodingRates:
     """Encode some pairs of a corpus with the code that builds datastores, after the longest batch as a warm-up.
 
     Batches are as full as those of a whole shard: they are made from several times as many pairs, and every so many-th
@@ -45,7 +45,7 @@ def measure_encoding(backbone: KeyedModel, config: DatastoreConfig, pairs: int, 
     may have more or fewer for an entry than the corpus.
 
     Args:
-        backbone: The model.
+        model: The model.
         config: The corpus, and sizes of batches.
         pairs: About how many pairs to encode.
         folder: Where the small datastore of these pairs is left.
@@ -55,10 +55,10 @@ def measure_encoding(backbone: KeyedModel, config: DatastoreConfig, pairs: int, 
     """
     baseline = _peak()
     start = now()
-    total, sample = sample_pairs(config.corpus, COUNTED * pairs)
+    total, sample = sample_pairs(config.corpus, TOKENIZED_PER_ENCODED * pairs)
     read = (now() - start) / total
     start = now()
-    items = list(items_of(backbone, enumerate(sample)))
+    items = list(Tokenized(model, enumerate(sample)))
     tokenize = now() - start
     src, tgt = (np.array([len(getattr(item, side)) for item in items]) for side in ("src", "tgt"))
     batches = box_batches(src.tolist(), tgt.tolist(), config.max_tokens, config.max_padding)
@@ -68,15 +68,15 @@ def measure_encoding(backbone: KeyedModel, config: DatastoreConfig, pairs: int, 
         rows = np.sort(np.concatenate(chosen))
         start = now()
         write_shard(
-            backbone, [items[row] for row in rows], folder / name, config.max_tokens, config.max_padding, lambda _: None
+            model, [items[row] for row in rows], folder / name, config.max_tokens, config.max_padding, lambda _: None
         )
         shard = ShardInfo(name, int(tgt[rows].sum()), len(rows), file_sha256(folder / name))
         return shard, rows, now() - start
 
     encode(batches[:1], "warm-up.h5")
-    shard, rows, seconds = encode(batches[min(step // 2, len(batches) - 1) :: step], shard_name(0))
-    Manifest(Provenance.of(backbone), "a sample", shard.sha256, {}, shard.entries, (shard,)).save(folder)
-    numbers = shard.entries * (2 * backbone.key_size + 4)  # bytes of fp16 keys, and values
+    shard, rows, seconds = encode(batches[min(step // 2, len(batches) - 1) :: step], shard_file(0))
+    Manifest(Provenance.of(model), "a sample", shard.sha256, {}, shard.entries, (shard,)).save(folder)
+    numbers = shard.entries * (2 * model.key_size + 4)  # bytes of fp16 keys, and values
     tokens = float((src + tgt).sum() / tgt.sum())  # of both sides for each entry
     return EncodingRates(
         pairs=total,
@@ -86,7 +86,7 @@ def measure_encoding(backbone: KeyedModel, config: DatastoreConfig, pairs: int, 
         tokenize=float(tokenize / tgt.sum()),
         encode=tokens * seconds / float((src + tgt)[rows].sum()),
         text_bytes=((folder / shard.file).stat().st_size - numbers) / shard.entries,
-        held_bytes=tokens * HELD_BYTES,
+        held_bytes=tokens * BYTES_PER_TOKEN,
         baseline=baseline,
         batches=_peak() - baseline,
     )
