@@ -35,6 +35,7 @@ class EncodingRates:
     held_bytes: float  # of its share of texts and tokens in memory
     baseline: float  # bytes of the process with its model
     batches: float  # bytes that batches take beside
+    cut: int = 0  # texts of the sample that were longer than the model's positions
 
 
 def measure_encoding(model: KeyedModel, config: DatastoreConfig, pairs: int, folder: Path) -> EncodingRates:
@@ -58,7 +59,8 @@ def measure_encoding(model: KeyedModel, config: DatastoreConfig, pairs: int, fol
     total, sample = sample_pairs(config.corpus, TOKENIZED_PER_ENCODED * pairs)
     read = (now() - start) / total
     start = now()
-    items = list(Tokenized(model, enumerate(sample)))
+    tokenized = Tokenized(model, enumerate(sample))
+    items = list(tokenized)
     tokenize = now() - start
     src, tgt = (np.array([len(getattr(item, side)) for item in items]) for side in ("src", "tgt"))
     batches = box_batches(src.tolist(), tgt.tolist(), config.max_tokens, config.max_padding)
@@ -89,6 +91,7 @@ def measure_encoding(model: KeyedModel, config: DatastoreConfig, pairs: int, fol
         held_bytes=tokens * BYTES_PER_TOKEN,
         baseline=baseline,
         batches=_peak() - baseline,
+        cut=tokenized.cut,
     )
 
 

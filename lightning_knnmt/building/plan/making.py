@@ -44,6 +44,8 @@ def make_plan(
         log.info("measuring the encoding of %s", datastore.corpus.path)
         with _silent():
             encoding = measure_encoding(model, datastore, sample_pairs, folder)
+        if encoding.cut:
+            log.warning("%d texts of the sample were cut to the positions of the model", encoding.cut)
         pairs = encoding.pairs if entries is None else max(1, round(entries / encoding.entries))
         total = round(pairs * encoding.entries) if entries is None else entries
         with Datastore(folder) as store:
