@@ -16,7 +16,7 @@ USER_ERROR = 2  # as jsonargparse exits for options that it does not know
 _EXPECTED = (DatastoreError, ImportError, OSError, ValueError)
 
 
-def run_script(function: Callable[..., Any] | dict[str, Callable[..., Any]], args: list[str] | None = None) -> None:
+def run_script(function: Callable[..., Any] | dict[str, Any], args: list[str] | None = None) -> None:
     """Call a function with options from the command line and from `--config`; progress and errors go to stderr.
 
     Args:
@@ -37,8 +37,8 @@ def run_script(function: Callable[..., Any] | dict[str, Callable[..., Any]], arg
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (*_EXPECTED, *_fetch_errors()) as error:
-        if os.environ.get("JSONARGPARSE_DEBUG"):
+    except Exception as error:
+        if not isinstance(error, (*_EXPECTED, *_fetch_errors())) or os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         sys.stderr.write(f"error: {error}\n")
         sys.exit(USER_ERROR)

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
-from lightning_knnmt.building.change import Change, changing, remove_stopped_change, whole_indexes
+from lightning_knnmt.building.change import Change, changing, keep_only, whole_indexes
 from lightning_knnmt.building.config import DatastoreConfig
 from lightning_knnmt.building.datastore import corpus_sha256, encode_rest
 from lightning_knnmt.building.encoder import Tokenized, cut
@@ -73,7 +73,7 @@ def _encode(model: KeyedModel, config: DatastoreConfig, store: Datastore, new: s
     planned = replace(before, generation=before.generation + 1, appended=(*before.appended, corpus))
     begun = _begun(store.folder, planned)
     begun.save(store.folder, BUILDING)
-    remove_stopped_change(store, begun)
+    keep_only(store.folder, before, begun)
     tokenized = Tokenized(model, islice(_numbered(config.corpus, new, first), begun.pairs - before.pairs, None))
     shards = cut(tokenized, lambda item: len(item.tgt), config.shard_entries)
     manifest = encode_rest(model, config, begun, before.pairs + change.pairs, shards)

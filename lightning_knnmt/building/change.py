@@ -47,17 +47,11 @@ def changing(folder: Path) -> Iterator[Datastore]:
         keep_only(folder, Manifest.load(folder))
 
 
-def keep_only(folder: Path, manifest: Manifest) -> None:
-    """Remove shards, indexes and lists of removed entries that do not belong to a manifest."""
-    removed = None if manifest.removed is None else manifest.removed.file
-    remove_others(folder, [shard.file for shard in manifest.shards], removed, [manifest.generation])
-
-
-def remove_stopped_change(store: Datastore, shards: Manifest) -> None:
-    """Remove the shards of a change that was stopped, but for those of a manifest; its indexes may still be of use."""
-    removed, generation = store.manifest.removed, store.manifest.generation
-    files = [shard.file for shard in (*store.manifest.shards, *shards.shards)]
-    remove_others(store.folder, files, None if removed is None else removed.file, [generation, generation + 1])
+def keep_only(folder: Path, *manifests: Manifest) -> None:
+    """Remove shards, indexes and lists of removed entries that belong to none of some manifests."""
+    shards = {shard.file for manifest in manifests for shard in manifest.shards}
+    removed = {manifest.removed.file for manifest in manifests if manifest.removed is not None}
+    remove_others(folder, shards, removed, {manifest.generation for manifest in manifests})
 
 
 def whole_indexes(store: Datastore) -> dict[str, IndexReport]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lightning_knnmt.building.change import Change, changing, remove_stopped_change, whole_indexes
+from lightning_knnmt.building.change import Change, changing, keep_only, whole_indexes
 from lightning_knnmt.building.encoder import cut
 from lightning_knnmt.building.index import IndexBuild
 from lightning_knnmt.data.pairs import Pair
@@ -68,8 +68,8 @@ def _compact_shards(store: Datastore) -> Manifest:
         DatastoreError: A shard is damaged, or a file could not be written.
     """
     folder, before = store.folder, store.manifest
-    remove_stopped_change(store, before)
     compacted = replace(before, generation=before.generation + 1, removed=None)
+    keep_only(folder, before, replace(compacted, shards=()))
     if _needs_copying(store):
         _check_whole(store)
         compacted = replace(compacted, shards=())

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +212,7 @@ class IndexBuild:
             label = f"add part {number + 1} of {len(ranges)}"
             self.add(index, self.datastore.key_chunks(self.config.chunk, entries), len(entries), label)
             with self.spans.span("write"):
-                part.describe(expected[number], part.write(lambda path, index=index: write_index(index, path)))
+                part.describe(expected[number], part.write(partial(write_index, index)))
 
     def _join(self, ranges: list[range], expected: list[dict[str, object]]) -> IndexReport:
         """Finish an index whose parts are there."""
@@ -244,7 +244,7 @@ class IndexBuild:
 
     def _finish(self, index: RawIndex, parts: tuple[IndexPart, ...] = ()) -> IndexReport:
         with self.spans.span("write"):
-            sha256 = Artifact(self.path).write(lambda path: write_index(index, path))
+            sha256 = Artifact(self.path).write(partial(write_index, index))
         return self.describe(index, sha256, parts)
 
     def extend(self, report: IndexReport, before: str) -> IndexReport:
@@ -265,7 +265,7 @@ class IndexBuild:
                 link_or_copy(part_file(folder, before, number), self.part(number).path)
             parts = (*parts, IndexPart(len(entries), write_index(index, self.part(len(parts)).path)))
         else:
-            sha256 = Artifact(self.path).write(lambda path: write_index(index, path))
+            sha256 = Artifact(self.path).write(partial(write_index, index))
         then = report.trained_imbalance_factor if report.added else report.imbalance_factor
         return self.describe(
             index, sha256, parts, seconds=report.seconds, added=report.added + len(entries),

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_knnmt.datastore.manifest import read_manifest
+from lightning_knnmt.datastore.manifest import ShardInfo, read_manifest
+from lightning_knnmt.datastore.removed import RemovedInfo
 from lightning_knnmt.index.report import IndexReport
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import file_sha256
@@ -62,7 +63,8 @@ def _problems(folder: Path) -> list[Problem]:
         manifest, fingerprint = read_manifest(folder)
     except DatastoreError as error:
         return [Problem(MANIFEST, str(error))]
-    files = [*manifest.shards, *([] if manifest.removed is None else [manifest.removed])]
+    files: list[ShardInfo | RemovedInfo] = [*manifest.shards]
+    files += [] if manifest.removed is None else [manifest.removed]
     problems = [Problem(file.file, what) for file in files if (what := file.problem(folder)) is not None]
     for name in find_indexes(folder, manifest.generation):
         path = index_file(folder, generation_name(name, manifest.generation))

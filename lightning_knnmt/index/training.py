@@ -1,6 +1,7 @@
 """Training of lists and codes, and what was trained kept on the disk, so that a stopped build need not train again."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import faiss
 import numpy as np
@@ -8,7 +9,7 @@ from numpy.typing import NDArray
 
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.index.config import IndexConfig, choose_factory, default_train_points
-from lightning_knnmt.index.factory import RawIndex, check_sample, make_index, refusing
+from lightning_knnmt.index.factory import RawIndex, make_index, refusing
 from lightning_knnmt.index.faiss_index import write_index
 from lightning_knnmt.index.gpu import Gpus, assigning
 from lightning_knnmt.index.layers import find_ivf
@@ -59,7 +60,15 @@ class Training:
         Raises:
             ValueError: There are fewer points than lists.
         """
-        check_sample(make_index(self.factory, self.key_size), self.factory, self.train_points, entries)
+        index = make_index(self.factory, self.key_size)
+        ivf = find_ivf(index)
+        lists = 0 if ivf is None else int(ivf.nlist)
+        if self.train_points < lists:
+            raise ValueError(
+                f"factory is {self.factory!r} with {lists} lists, but there are only {self.train_points} training "
+                f"points of {entries} entries; expected at least {lists}, better 39 per list: ask for fewer lists or "
+                "more train_points"
+            )
 
     @property
     def can_merge(self) -> bool:
@@ -99,7 +108,7 @@ class Trained:
         Raises:
             DatastoreError: It could not be written.
         """
-        sha256 = artifact.write(lambda path: write_index(index, path))
+        sha256 = artifact.write(partial(write_index, index))
         artifact.describe({"training": asdict(training), "seconds": seconds}, sha256)
         return cls(index, seconds, sha256)
 

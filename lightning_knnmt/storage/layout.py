@@ -92,14 +92,14 @@ def find_indexes(folder: Path, generation: int) -> list[str]:
 
 
 def remove_others(
-    folder: Path, shards: Collection[str], removed: str | None = None, generations: Collection[int] = (0,)
+    folder: Path, shards: Collection[str], removed: Collection[str] = (), generations: Collection[int] = (0,)
 ) -> None:
     """Remove what does not belong to a datastore; files of the user's stay.
 
     Args:
         folder: The datastore's, to which nobody else writes.
         shards: File names of its shards.
-        removed: File name of its list of removed entries.
+        removed: File names of its lists of removed entries.
         generations: Whose indexes stay.
     """
     for path in list(folder.iterdir()):
@@ -107,7 +107,7 @@ def remove_others(
         if _SHARD.fullmatch(name):
             belongs = path.name in shards
         elif _REMOVED.fullmatch(name):
-            belongs = path.name == removed
+            belongs = path.name in removed
         elif found := _index_parts(name):
             belongs = int(found["generation"] or 0) in generations or not _is_of_index(path)
         else:

@@ -64,23 +64,18 @@ def only_writer(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
 def _open(folder: Path) -> IO[bytes]:
     """The file whose lock counts, which stays in the folder: a regular one, since its content is replaced."""
     path = folder / LOCK
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if path.is_symlink():
-            raise _no_lock_file(path, f"a link to {path.resolve()}")
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-        file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
+        descriptor = None if path.is_symlink() else os.open(path, flags, 0o666)
     except OSError as error:
         raise _not_writable(folder, error) from error
-    found = os.fstat(file.fileno())
-    if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
-        return file
-    file.close()
-    raise _no_lock_file(path, f"a file of {found.st_nlink} names" if stat.S_ISREG(found.st_mode) else "no plain file")
-
-
-def _no_lock_file(path: Path, what: str) -> DatastoreError:
-    return DatastoreError(f"{path} is {what}, expected a plain file that has no other name; remove it")
+    found = path.lstat() if descriptor is None else os.fstat(descriptor)
+    if descriptor is not None and stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+        return os.fdopen(descriptor, "r+b", buffering=0)
+    if descriptor is not None:
+        os.close(descriptor)
+    raise DatastoreError(f"{path} is a link or no plain file, expected a plain file of one name; remove it")
 
 
 def _not_writable(folder: Path, error: OSError) -> DatastoreError:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.storage.errors import DatastoreError
@@ -75,19 +75,6 @@ def _sendable(error: Exception) -> Exception:
     return error
 
 
-class Movable(Protocol):
-    """What is on a device, such as a model."""
-
-    @property
-    def device(self) -> Any:
-        """Where it is."""
-        ...
-
-    def to(self, device: Any) -> object:
-        """Move it."""
-        ...
-
-
 @dataclass(frozen=True)
 class Processes:
     """How many processes encode, as options of `lightning.Fabric`; under `torchrun` or SLURM, how many were started.
@@ -108,7 +95,7 @@ class Processes:
         check_at_least(1, devices=self.devices, num_nodes=self.num_nodes)
 
     @contextmanager
-    def start(self, model: Movable) -> Iterator[Ranks]:
+    def start(self, model: Any) -> Iterator[Ranks]:
         """Start what is not started yet, each process with its model on its own device.
 
         Raises:
