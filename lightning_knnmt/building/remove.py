@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_knnmt.datastore.manifest import FILE_NAME, Manifest
+from lightning_knnmt.datastore.manifest import Manifest
 from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.datastore.store import Datastore
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.layout import MANIFEST, removed_file, removed_number
 from lightning_knnmt.storage.lock import only_writer
 from lightning_knnmt.storage.sealed import read_sealed, write_sealed
 
@@ -69,11 +70,11 @@ def remove_documents(folder: Path, documents: Collection[str]) -> Removal:
 
 def _save(folder: Path, manifest: Manifest, removed: Removed) -> None:
     before = manifest.removed
-    number = 1 if before is None else int(before.file.removeprefix("removed-").removesuffix(".json")) + 1
-    info = removed.save(folder, f"removed-{number}.json")
-    content = read_sealed(folder / FILE_NAME)  # as it is: indexes know the checksum of the rest
+    number = 0 if before is None else removed_number(before.file) or 0
+    info = removed.save(folder, removed_file(number + 1))
+    content = read_sealed(folder / MANIFEST)  # as it is: indexes know the checksum of the rest
     content["removed"] = {"file": info.file, "entries": info.entries, "sha256": info.sha256}
-    write_sealed(folder / FILE_NAME, content)
+    write_sealed(folder / MANIFEST, content)
     if before is not None:
         (folder / before.file).unlink(missing_ok=True)
 

@@ -3,25 +3,59 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby, pairwise
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from lightning_knnmt.building.change import Change, changing, keep_only, whole_indexes
 from lightning_knnmt.building.encoder import cut
+from lightning_knnmt.building.index import IndexBuild
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.datastore.manifest import BUILDING, Manifest, ShardInfo, remove_other_shards
+from lightning_knnmt.datastore.manifest import Manifest, ShardInfo, finish_building
 from lightning_knnmt.datastore.shard import TEXTS, ShardWriter
 from lightning_knnmt.datastore.store import Datastore, StoredShard
+from lightning_knnmt.index.training import Training
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import file_sha256
+from lightning_knnmt.storage.layout import BUILDING
 
 COPIED_AT_ONCE = 65536  # entries
 
 Row = tuple[int, int, int]  # shard, pair within it, the pair's entries
 
 
-def compact_shards(store: Datastore) -> Manifest:
+def compact(folder: Path) -> Change:
+    """Write a datastore anew without what was removed, in as few shards as can be, and train its indexes again.
+
+    Keys are copied, not encoded again. A run that is stopped has changed nothing; the same call starts again.
+
+    Args:
+        folder: The datastore's.
+
+    Raises:
+        DatastoreError: One of its indexes is not whole, another process writes to it, or a file could not be written.
+        ValueError: What is left does not suffice to train an index.
+    """
+    with changing(folder) as store:
+        before, reports = store.manifest, whole_indexes(store)
+        if not _needs_copying(store) and not any(report.added for report in reports.values()):
+            return Change(before, 0, 0, reports)
+        left = len(store) - len(store.removed)
+        for name, report in reports.items():
+            Training.plan(store, report.config(name), left).check(left)
+        manifest = _compact_shards(store)
+        with Datastore(folder, BUILDING) as compacted:
+            for name, report in reports.items():
+                config = report.config(name)
+                build = IndexBuild(compacted, config, Training.plan(compacted, config, left))
+                reports[name] = build.kept() or build.make()
+        finish_building(folder)
+    return Change(manifest, before.pairs - manifest.pairs, 0, reports)
+
+
+def _compact_shards(store: Datastore) -> Manifest:
     """Copy the pairs that were not removed into shards that are as full as they can be, and say so in `building.json`.
 
     Keys are copied, not encoded again, and pairs keep their order and their numbers in the corpus. Nothing that the
@@ -34,9 +68,9 @@ def compact_shards(store: Datastore) -> Manifest:
         DatastoreError: A shard is damaged, or a file could not be written.
     """
     folder, before = store.folder, store.manifest
-    remove_other_shards(folder, before.shards)
     compacted = replace(before, generation=before.generation + 1, removed=None)
-    if needs_copying(store):
+    keep_only(folder, before, replace(compacted, shards=()))
+    if _needs_copying(store):
         _check_whole(store)
         compacted = replace(compacted, shards=())
         progress = tqdm(total=len(store) - len(store.removed), desc="copy", unit=" entries", unit_scale=True)
@@ -56,7 +90,7 @@ def _check_whole(store: Datastore) -> None:
             raise DatastoreError(f"{store.folder / shard.file} is damaged (its checksum is another); restore it first")
 
 
-def needs_copying(store: Datastore) -> bool:
+def _needs_copying(store: Datastore) -> bool:
     """Whether entries were removed, or shards can be put together."""
     return store.manifest.removed is not None or sum(1 for _ in _groups(store)) < len(store.manifest.shards)
 
