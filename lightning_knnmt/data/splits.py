@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from lightning_knnmt.checks import check_at_least, check_one_of
 from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.data.sentences import SentenceSplitter
 
 SPLITS = ("train", "validation", "test")
 
@@ -28,6 +29,8 @@ class SplitConfig:
         min_words: Held-out sources have at least this many words; shorter ones of held-out documents are dropped.
         by: What is kept together.
         seed: Seed of the draw, to which the order of the pairs does not matter.
+        sentences: Languages, such as `en-pt`, by whose rules training pairs are cut into sentences that no held-out source
+            may equal, for models that store sentences one by one; empty: pairs are taken whole.
     """
 
     validation: int
@@ -35,6 +38,7 @@ class SplitConfig:
     min_words: int = 1
     by: Literal["document", "source"] = "document"
     seed: int = 1
+    sentences: str = ""
 
     def __post_init__(self) -> None:
         check_one_of(("document", "source"), by=self.by)
@@ -93,6 +97,8 @@ def split(
     in_training = units.keys() - set(drawn)
     splits = {"train": [pair for unit, members in units.items() if unit in in_training for pair in members]}
     elsewhere = {source_key(pair.src) for pair in splits["train"]}
+    if config.sentences:
+        elsewhere |= {source_key(pair.src) for pair in SentenceSplitter(config.sentences).pairs(splits["train"])}
     for name in ("test", "validation"):
         splits[name] = []
         kept: set[str] = set()
