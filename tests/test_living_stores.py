@@ -81,12 +81,11 @@ def test_an_appended_store_is_one_that_was_built_with_all_pairs(
 @pytest.mark.parametrize("name", FACTORIES)
 def test_every_index_finds_appended_entries_at_once(built: Path, grown: Path, name: str) -> None:
     with Datastore(built) as store:
-        before, lists = len(store), open_index(store, name).list_sizes()
+        before, lists = len(store), load_index(store, name).list_sizes()
     with Datastore(grown) as store:
         index, report = open_index(store, name), read_report(store, name)
-        index.set_nprobe(4)
         keys = np.concatenate(list(store.key_chunks()))[before:].astype(np.float32)
-        distances, ids = index.search(keys, 4)
+        distances, ids = index.search(keys, 4, nprobe=4)
         hits = [(ids == entry).any() for ids, entry in zip(ids, range(before, len(store)), strict=True)]
         assert np.mean(hits) > 0.9  # several entries may have the same key
         if name in ("flat", "ivf", "graph"):  # the others estimate distances
