@@ -64,7 +64,7 @@ class Datastore:
             `datastore.verify` does that.
     """
 
-    def __init__(self, folder: Path, manifest: str = FILE_NAME) -> None:
+    def __init__(self, folder: Path | str, manifest: str = FILE_NAME) -> None:
         self.folder = Path(folder)
         open_together(self.folder, lambda: self._open(manifest), manifest)
         self._starts = np.cumsum([0, *(shard.entries for shard in self.manifest.shards)])
