@@ -18,7 +18,7 @@ import lightning as L
 import torch
 
 from lightning_knnmt import dispersion as losses
-from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.config import BackboneConfig, load_model
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.readers import CorpusFile
@@ -39,7 +39,7 @@ REGULARISERS: dict[str, losses.Dispersion] = {
     "sliced": losses.SlicedDispersion(),
     "sliced, 4 circles": losses.SlicedDispersion(circles=4),
     "axis-aligned": losses.AxisAlignedSlicedDispersion(),
-    "spherical variance": losses.SphericalVariance(),
+    "mean resultant length": losses.MeanResultantLength(),
     "MHE": losses.HypersphericalEnergy(max_points=1024),
     "MMD": losses.KernelDispersion(max_points=1024),
     "KoLeo": losses.KoLeo(max_points=1024),
@@ -88,7 +88,7 @@ def fine_tune(variant: Variant, folder: Path, options: argparse.Namespace) -> di
     """Train a variant as `train.py fit --config configs/dispersion/…` does, export it, and return its measures."""
     L.seed_everything(options.seed)
     module = TranslationModule(
-        str(options.model), Schedule(options.lr, options.steps // 10, options.steps, options.steps // 3),
+        BackboneConfig(options.model), Schedule(options.lr, options.steps // 10, options.steps, options.steps // 3),
         trainable=variant.trainable, dispersion=REGULARISERS[variant.regulariser or "sliced"], gamma=variant.gamma,
     )  # fmt: skip
     data = TranslationDataModule(options.data / "train.jsonl", options.data / "validation.jsonl", options.max_tokens)

@@ -1,5 +1,6 @@
 """Translation of texts with a mixture, through the model's own `generate`."""
 
+import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from torch import Tensor
 from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.checks import check_at_least, check_texts
+from lightning_knnmt.data.sentences import join
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
 from lightning_knnmt.knn.step import Step, sentences_of_rows
 from lightning_knnmt.timing import Spans
@@ -98,19 +100,23 @@ class Translator:
         """
         check_texts(sources=sources)
         spans = Spans()
-        order = sorted(range(len(sources)), key=lambda number: -len(sources[number]))
-        texts = [""] * len(sources)
+        sentences = [self.model.split(text) for text in sources]
+        pieces = [sentence.text for of_text in sentences for sentence in of_text]
+        order = sorted(range(len(pieces)), key=lambda number: -len(pieces[number]))
+        translated = [""] * len(pieces)
         tokens = cut = 0
         for start in range(0, len(order), self.decoding.batch_size):
             numbers = order[start : start + self.decoding.batch_size]
             with spans.span("decode"):
-                batch = self.model.batch([sources[number] for number in numbers])
+                batch = self.model.batch([pieces[number] for number in numbers])
                 sequences = self.generate(batch, spans)
             decoded = self.model.tokenizer.batch_decode(sequences, skip_special_tokens=True)
             tokens += self._count(sequences)
             cut += batch.cut
             for number, text in zip(numbers, decoded, strict=True):
-                texts[number] = text
+                translated[number] = text
+        rest = iter(translated)
+        texts = [join(itertools.islice(rest, len(of_text)), of_text) for of_text in sentences]
         return Translations(texts, tokens, spans.seconds["decode"], spans, cut)
 
     def generate(self, batch: Batch, spans: Spans) -> Tensor:

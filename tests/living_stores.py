@@ -8,9 +8,9 @@ import numpy as np
 from tiny_stores import build_store, corpus_pairs, write_corpus
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.building.append import append_pairs
 from lightning_knnmt.building.datastore import DatastoreConfig
 from lightning_knnmt.building.index import build_index
-from lightning_knnmt.building.updating import append_pairs
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.shard import TEXTS

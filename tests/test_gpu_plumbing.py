@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from tiny_stores import clumpy_keys, write_store
 
-from lightning_knnmt.building.index import IndexBuild, build_index, plan_training
+from lightning_knnmt.building.index import IndexBuild, build_index
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.index import gpu
@@ -30,6 +30,7 @@ from lightning_knnmt.index.gpu import Gpus, adder, assigning, find_gpus, has_gpu
 from lightning_knnmt.index.layers import find_ivf, innermost
 from lightning_knnmt.index.opening import open_index, open_parts
 from lightning_knnmt.index.splitting import give_centroids
+from lightning_knnmt.index.training import Training
 from lightning_knnmt.storage.ranks import Ranks
 
 ENTRIES, KEY_SIZE, K = 900, 16, 10
@@ -290,7 +291,7 @@ def test_each_of_several_processes_adds_with_one_gpu(store: Datastore, gpus: OnC
     config = IndexConfig("IVF8,SQ8")
     index = copy_of("IVF8,SQ8")
     for ranks in (Ranks(), Ranks(0, 3), Ranks(1, 3), Ranks(2, 3)):
-        build = IndexBuild(store, config, plan_training(store, config, ENTRIES), ranks)
+        build = IndexBuild(store, config, Training.plan(store, config, ENTRIES), ranks)
         build.add(index, [KEYS[:5]], 5)
         build.add(index, [KEYS[5:7]], 2)
     assert [each.numbers for each in used[::2]] == [(0, 1), (0,), (1,), (0,)]

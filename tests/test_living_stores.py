@@ -16,19 +16,20 @@ from tiny_stores import build_store, by_place, harm_file, write_corpus
 import build_index as script
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.building.append import append_pairs
+from lightning_knnmt.building.compact import compact
 from lightning_knnmt.building.datastore import build_datastore
 from lightning_knnmt.building.index import build_index
-from lightning_knnmt.building.removal import remove_documents
-from lightning_knnmt.building.updating import append_pairs, compact
+from lightning_knnmt.building.remove import remove_documents
 from lightning_knnmt.building.verify import verify
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore, Manifest
-from lightning_knnmt.datastore.manifest import BUILDING
 from lightning_knnmt.datastore.mapped_keys import MappedKeys
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.memory import open_search
 from lightning_knnmt.index.opening import open_index, open_parts, read_report
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.layout import BUILDING
 
 
 @pytest.fixture(scope="module")

@@ -137,8 +137,8 @@ def test_a_request_beyond_the_corpus_names_what_there_is() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"by": "page"}, "by is 'page', expected 'document' or 'source'"),
-        ({"validation": -1}, "validation is -1 and test is 1, expected 0 or more"),
+        ({"by": "page"}, "by is 'page', expected one of document, source"),
+        ({"validation": -1}, "validation is -1, expected 0 or more"),
         ({"min_words": -2}, "min_words is -2, expected 0 or more"),
     ],
 )

@@ -15,10 +15,11 @@ from tiny_stores import build_store, corpus_pairs, harm_file, write_corpus
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building import verify as datastore_verify
+from lightning_knnmt.building.append import append_pairs
+from lightning_knnmt.building.compact import compact
 from lightning_knnmt.building.datastore import DatastoreConfig
 from lightning_knnmt.building.index import build_index
-from lightning_knnmt.building.removal import remove_documents
-from lightning_knnmt.building.updating import append_pairs, compact
+from lightning_knnmt.building.remove import remove_documents
 from lightning_knnmt.building.verify import verify
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Manifest

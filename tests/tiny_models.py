@@ -3,14 +3,18 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 import torch
+from tiny_firefox import ship
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
+    BartConfig,
+    BartForConditionalGeneration,
     FSMTConfig,
     FSMTForConditionalGeneration,
     FSMTTokenizer,
@@ -24,15 +28,27 @@ from transformers import (
     MBartConfig,
     MBartForConditionalGeneration,
     MBartTokenizer,
+    MT5Config,
+    MT5ForConditionalGeneration,
     NllbTokenizer,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+    PegasusTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
+    RobertaTokenizer,
     T5Config,
     T5ForConditionalGeneration,
     T5Tokenizer,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
 )
 from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES as MBART_CODES
 from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES as MBART50_CODES
 
+from lightning_knnmt.backbone.firefox.importing import write_folder
+from lightning_knnmt.backbone.firefox.model_card import Provenance
+from lightning_knnmt.backbone.firefox.shipped_files import ShippedFiles
 from lightning_knnmt.backbone.scratch import ModelShape, init_model
 
 GERMAN = [
@@ -247,6 +263,39 @@ def make_t5(out: Path) -> None:
     save(T5ForConditionalGeneration(config), tokenizer, out)
 
 
+def make_bart(out: Path) -> None:
+    """A BART model, which begins every translation with a token of its own."""
+    trained = Tokenizer(models.BPE(unk_token="<unk>"))
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    specials = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trained.train_from_iterator(
+        GERMAN + ENGLISH, trainers.BpeTrainer(vocab_size=150, special_tokens=specials, show_progress=False)
+    )
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = RobertaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    bart = BartForConditionalGeneration(BartConfig(vocab_size=len(tokenizer), forced_bos_token_id=0, **SIZES))
+    bart.generation_config.forced_bos_token_id = 0
+    save(bart, tokenizer, out)
+
+
+def make_pegasus(out: Path) -> None:
+    """A Pegasus model: norms before every layer, positions by sines."""
+    pieces = train_spm(GERMAN + ENGLISH, _raw(out) / "spm", 110)
+    specials = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>", "<mask_2>")]
+    tokenizer = PegasusTokenizer(vocab=[*specials, *pieces], offset=3)
+    config = PegasusConfig(vocab_size=len(tokenizer), scale_embedding=True, **SIZES)
+    save(PegasusForConditionalGeneration(config), tokenizer, out)
+
+
+def make_t5_variant(config: type[PreTrainedConfig], model: type[PreTrainedModel], out: Path) -> None:
+    """A model of T5's structure with gated feed-forward layers."""
+    pieces = train_spm(GERMAN + ENGLISH, _raw(out) / "spm", 110)
+    specials = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
+    tokenizer = T5Tokenizer(vocab=[*specials, *pieces], extra_ids=0)
+    sizes = {"d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+    save(model(config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **sizes)), tokenizer, out)
+
+
 def make_fsmt(out: Path) -> None:
     """An FSMT model, with a vocabulary for each language."""
     raw = _raw(out)
@@ -271,6 +320,22 @@ def make_fsmt(out: Path) -> None:
     save(FSMTForConditionalGeneration(config), tokenizer, out)
 
 
+def make_firefox(out: Path, target_texts: list[str] | None = None) -> None:
+    """A Firefox Translations model, imported from the files that it ships as; two vocabularies with target texts."""
+    raw = _raw(out)
+    one = target_texts is None
+    ship(raw, GERMAN + ENGLISH if one else GERMAN, target_texts, seed=3 if one else 5)
+    out.mkdir()
+    write_folder(ShippedFiles.of(raw), Provenance("a test"), out, positions=POSITIONS)
+    generation = json.loads((out / "generation_config.json").read_text())
+    write_json(out / "generation_config.json", generation | {"max_new_tokens": 12})
+
+
+def make_firefox_two_vocabularies(out: Path) -> None:
+    """One with a vocabulary for each language."""
+    make_firefox(out, ENGLISH)
+
+
 TINY_FAMILIES: dict[str, TinyFamily] = {
     "marian": TinyFamily(make_marian),
     "marian_scratch": TinyFamily(make_marian_scratch),
@@ -279,5 +344,11 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
     "mbart25": TinyFamily(make_mbart25, "de_DE", "en_XX", {"decoder_start_token_id": "en_XX"}),
     "mbart50": TinyFamily(make_mbart50, "de_DE", "en_XX", {"forced_bos_token_id": "en_XX"}),
     "t5": TinyFamily(make_t5),
+    "mt5": TinyFamily(partial(make_t5_variant, MT5Config, MT5ForConditionalGeneration)),
+    "umt5": TinyFamily(partial(make_t5_variant, UMT5Config, UMT5ForConditionalGeneration)),
+    "bart": TinyFamily(make_bart),
+    "pegasus": TinyFamily(make_pegasus),
     "fsmt": TinyFamily(make_fsmt),
+    "firefox": TinyFamily(make_firefox),
+    "firefox_two_vocabularies": TinyFamily(make_firefox_two_vocabularies),
 }

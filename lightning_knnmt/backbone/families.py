@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from lightning_knnmt.backbone import firefox  # noqa: F401, makes the family known to Hugging Face's Auto classes
 from lightning_knnmt.backbone.tokenization import FSMTTokenizer
+from lightning_knnmt.data.sentences import SentenceSplitter
 
 if TYPE_CHECKING:
     from lightning_knnmt.backbone.keyed_model import KeyedModel
@@ -67,19 +69,26 @@ def _like_bart(
     )
 
 
+_LIKE_T5 = Family(
+    output_projection=lambda model: model.lm_head,
+    feed_forward=lambda model: model.decoder.block[-1].layer[-1].DenseReluDense,
+    last_block=lambda model: model.decoder.block[-1],
+    feed_forward_layers=lambda model: [
+        module for module in model.decoder.block[-1].layer[-1].modules() if isinstance(module, nn.Linear)
+    ],
+    final_norm=lambda model: model.decoder.final_layer_norm,
+)
+
 FAMILIES: dict[str, Family] = {
+    "bart": _like_bart(final_norm=_last_blocks_norm),
+    "firefox": _like_bart(final_norm=_last_blocks_norm),
     "marian": _like_bart(final_norm=_last_blocks_norm),
     "m2m_100": _like_bart(final_norm=_norm_behind_blocks),
-    "mbart": _like_bart(final_norm=_norm_behind_blocks),
-    "t5": Family(
-        output_projection=lambda model: model.lm_head,
-        feed_forward=lambda model: model.decoder.block[-1].layer[-1].DenseReluDense,
-        last_block=lambda model: model.decoder.block[-1],
-        feed_forward_layers=lambda model: [
-            module for module in model.decoder.block[-1].layer[-1].modules() if isinstance(module, nn.Linear)
-        ],
-        final_norm=lambda model: model.decoder.final_layer_norm,
-    ),
+    "mbart": _like_bart(final_norm=_norm_behind_blocks),  # and mBART-50
+    "pegasus": _like_bart(final_norm=_norm_behind_blocks),
+    "t5": _LIKE_T5,
+    "mt5": _LIKE_T5,
+    "umt5": _LIKE_T5,
     "fsmt": _like_bart(
         final_norm=_last_blocks_norm,
         output_projection=lambda model: model.model.decoder.output_projection,
@@ -118,6 +127,20 @@ def family_of(config: PretrainedConfig, name: str) -> Family:
             "add a Family to lightning_knnmt/backbone/families.py"
         )
     return FAMILIES[config.model_type]
+
+
+def splitter_of(config: PretrainedConfig, sentences: str) -> SentenceSplitter | None:
+    """What cuts texts into sentences for a model; None: nothing does.
+
+    Args:
+        config: The model's, whose `sentence_languages` say what its family is used to.
+        sentences: As in `BackboneConfig`.
+
+    Raises:
+        ValueError: These are no languages.
+    """
+    languages = getattr(config, "sentence_languages", None) if sentences == "auto" else sentences
+    return None if languages in (None, "none") else SentenceSplitter(languages)
 
 
 def logits_bias(model: PreTrainedModel) -> Tensor | None:

@@ -26,11 +26,11 @@ def freeze_below_output(model: PreTrainedModel, family: Family, adapter_rank: in
 def untie(model: PreTrainedModel, projection: Any) -> None:
     """Give the output projection weights of its own, which stay its own when the model is saved and loaded again.
 
-    T5's configuration cannot say so: Hugging Face unties its projection when it finds other weights than the
-    embedding's in the file.
+    The configurations of T5, mT5 and umT5 cannot say so: Hugging Face unties their projection when it finds other
+    weights than the embedding's in the file.
     """
     projection.weight = nn.Parameter(projection.weight.detach().clone())
-    if model.config.model_type != "t5":
+    if model.config.model_type not in ("t5", "mt5", "umt5"):
         model.config.tie_word_embeddings = False
 
 

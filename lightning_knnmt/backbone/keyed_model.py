@@ -1,7 +1,7 @@
 """What the rest of the package needs of a model: keys, logits, tokens, and a place to mix in neighbors."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.backbone.config import BackboneConfig
+from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.data.sentences import Sentence, SentenceSplitter
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class KeyedModel(nn.Module, ABC):
         config: The same.
         tokenizer: Its Hugging Face tokenizer.
         position_limit: The longest sequence in tokens; None: any.
+        splitter: Cuts texts into sentences; None: texts are taken whole.
         forced_id: The first token of every translation, where it is forced and not predicted.
     """
 
     tokenizer: Any
     position_limit: int | None
     forced_id: int | None = None
+    splitter: SentenceSplitter | None = None
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -91,6 +95,19 @@ class KeyedModel(nn.Module, ABC):
     @abstractmethod
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 of the vocabulary and normalisation."""
+
+    @property
+    def sentences(self) -> str:
+        """Languages by whose rules texts are cut into sentences; empty if they are not."""
+        return "" if self.splitter is None else self.splitter.languages
+
+    def split(self, text: str) -> list[Sentence]:
+        """The sentences of a source text that are translated one by one."""
+        return [Sentence(text)] if self.splitter is None else self.splitter.split(text)
+
+    def split_pairs(self, pairs: Iterable[Pair]) -> Iterable[Pair]:
+        """The sentence pairs that are stored, and teacher-forced, one by one."""
+        return pairs if self.splitter is None else self.splitter.pairs(pairs)
 
     @abstractmethod
     def tokenize(self, sources: Sequence[str], targets: Sequence[str] | None = None) -> TokenIds:

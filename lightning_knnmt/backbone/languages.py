@@ -42,11 +42,25 @@ def set_languages(tokenizer: Any, name: str, src_lang: str | None, tgt_lang: str
         tokenizer.src_lang, tokenizer.tgt_lang = src_lang, tgt_lang
 
 
+def check_target_prefix(tokenizer: Any, name: str, src_prefix: str) -> None:
+    """Refuse to leave the target language of a multi-target Marian model to chance.
+
+    Raises:
+        ValueError: No source begins with one of the languages that the model `name` knows, such as `>>por<<`.
+    """
+    known = getattr(tokenizer, "supported_language_codes", [])
+    if known and not any(src_prefix.startswith(code) for code in known):
+        raise ValueError(
+            f"src_prefix is {src_prefix!r}, but {name!r} translates into several languages, expected one of "
+            f"{', '.join(sorted(known))}"
+        )
+
+
 def decoder_start(model: PreTrainedModel, tokenizer: Any, tgt_lang: str | None) -> DecoderStart:
     """How decoding has to begin so that it continues what teacher forcing showed.
 
     M2M100, NLLB and mBART-50 labels begin with the language, so it is forced as first token. mBART-25 labels end with
-    it, and it stands in the place of the decoder's start token.
+    it, and it stands in the place of the decoder's start token. Models such as BART force a token of their own.
 
     Raises:
         ValueError: The model does not say which token its decoder starts with.
@@ -54,8 +68,9 @@ def decoder_start(model: PreTrainedModel, tokenizer: Any, tgt_lang: str | None) 
     start_id = model.generation_config.decoder_start_token_id
     if start_id is None:
         start_id = getattr(model.config, "decoder_start_token_id", None)
-    forced_id = None
+    forced_id = model.generation_config.forced_bos_token_id
     if tgt_lang:
+        forced_id = None
         first, *_, last = tokenizer(text_target="").input_ids
         language_id = tokenizer.convert_tokens_to_ids(_language_token(tokenizer, tgt_lang))
         if last == language_id:

@@ -9,16 +9,16 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 
 from lightning_knnmt.backbone.batch import Batch, collate
 from lightning_knnmt.backbone.config import BackboneConfig
-from lightning_knnmt.backbone.families import family_of, position_limit
+from lightning_knnmt.backbone.families import family_of, position_limit, splitter_of
 from lightning_knnmt.backbone.keyed_model import TokenIds
-from lightning_knnmt.backbone.languages import decoder_start, set_languages
+from lightning_knnmt.backbone.languages import check_target_prefix, decoder_start, set_languages
 from lightning_knnmt.backbone.pretrained import PretrainedModel
 from lightning_knnmt.backbone.tokenization import token_ids
 from lightning_knnmt.checks import check_texts
 
 
 class Seq2SeqModel(PretrainedModel):
-    """An encoder-decoder translation model: Marian, M2M100/NLLB, mBART, T5, FSMT and what is built like them.
+    """An encoder-decoder translation model: BART, Marian, M2M100/NLLB, mBART, Pegasus, T5, mT5, umT5 or FSMT.
 
     Args:
         config: Hub name or folder, languages, key type, device and type of the weights.
@@ -33,8 +33,10 @@ class Seq2SeqModel(PretrainedModel):
         hub = AutoConfig.from_pretrained(config.model)
         self.family = family_of(hub, self.name)
         self.position_limit = position_limit(hub)
+        self.splitter = splitter_of(hub, config.sentences)
         self.tokenizer = self.family.tokenizer.from_pretrained(config.model)
         set_languages(self.tokenizer, self.name, config.src_lang, config.tgt_lang)
+        check_target_prefix(self.tokenizer, self.name, config.src_prefix)
         self.place(AutoModelForSeq2SeqLM.from_pretrained(config.model, dtype=getattr(torch, config.dtype)))
         start = decoder_start(self.model, self.tokenizer, config.tgt_lang)
         self.start_id, self.forced_id = start.start_id, start.forced_id

@@ -53,7 +53,7 @@ def build_memory(
         raise ValueError(f"there are {len(sources)} sources and {len(targets)} targets, expected as many of each")
     if empty := [number for number, target in enumerate(targets) if not target.strip()]:
         raise ValueError(f"targets has an empty text at {empty[0]}, expected a translation of every source")
-    pairs = [Pair(src, tgt) for src, tgt in zip(sources, targets, strict=True)]
+    pairs = list(model.split_pairs(Pair(src, tgt) for src, tgt in zip(sources, targets, strict=True)))
     return _in_ram(model, pairs) if folder is None else _on_disk(model, pairs, Path(folder), index)
 
 

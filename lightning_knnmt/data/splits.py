@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_knnmt.checks import check_at_least, check_one_of
 from lightning_knnmt.data.pairs import Pair
 
 SPLITS = ("train", "validation", "test")
@@ -36,12 +37,8 @@ class SplitConfig:
     seed: int = 1
 
     def __post_init__(self) -> None:
-        if self.by not in ("document", "source"):
-            raise ValueError(f"by is {self.by!r}, expected 'document' or 'source'")
-        if min(self.validation, self.test) < 0:
-            raise ValueError(f"validation is {self.validation} and test is {self.test}, expected 0 or more")
-        if self.min_words < 0:
-            raise ValueError(f"min_words is {self.min_words}, expected 0 or more")
+        check_one_of(("document", "source"), by=self.by)
+        check_at_least(0, validation=self.validation, test=self.test, min_words=self.min_words)
 
 
 def source_key(text: str) -> str:

@@ -8,6 +8,7 @@ import torch
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.pairs import StoredContext
+from lightning_knnmt.data.sentences import join
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.knn.memory import Memory
 from lightning_knnmt.knn.mixture import Mixture
@@ -82,6 +83,13 @@ def explain(mixture: Mixture, source: str, decoding: Decoding = Decoding(), show
     Returns:
         The translation and one entry for each of its tokens.
     """
+    sentences = mixture.model.split(source)
+    explained = [_explain_sentence(mixture, sentence.text, decoding, shown) for sentence in sentences]
+    text = join((each.text for each in explained), sentences)
+    return Explanation(text, tuple(token for each in explained for token in each.tokens))
+
+
+def _explain_sentence(mixture: Mixture, source: str, decoding: Decoding, shown: int) -> Explanation:
     model = mixture.model
     batch = model.batch([source])
     labels = Translator(model, mixture, decoding).generate(batch, Spans())[:, 1:]  # [1, 1 + T] -> [1, T]

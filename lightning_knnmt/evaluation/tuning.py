@@ -46,8 +46,8 @@ class Grid:
         max_tokens: Most tokens of a teacher-forced batch.
     """
 
-    k: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32])
-    lambda_: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    k: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32, 64])
+    lambda_: list[float] = field(default_factory=lambda: [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
     temperature: list[float] | None = None
     nprobe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     others: dict[str, list[Any]] = field(default_factory=dict)
@@ -198,6 +198,7 @@ class ReferenceStep:
 @torch.inference_mode()
 def reference_steps(model: KeyedModel, pairs: Sequence[Pair], max_tokens: int) -> Iterator[ReferenceStep]:
     """Teacher-forced passes over the references of some pairs, one batch at a time."""
+    pairs = list(model.split_pairs(pairs))
     ids = model.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])
     lengths = [max(len(src), len(tgt)) for src, tgt in zip(ids.src, ids.tgt, strict=True)]
     for numbers in token_budget_batches(lengths, max_tokens):
@@ -343,6 +344,7 @@ def tune(
         log.info("%s: log-likelihood %.3f, BLEU %.2f", candidate.mixture, candidate.log_likelihood, bleu)
         finalists.append(Candidate(candidate.mixture, candidate.options, candidate.log_likelihood, bleu))
     finalists.sort(key=lambda candidate: -(candidate.bleu or 0.0))
+    _warn_of_edges(finalists[0].options, grid.values_for(mixture, memory.nlist))
     if best <= plain:
         log.warning("no setting predicts the references better (%.3f) than the plain model (%.3f)", best, plain)
     if (finalists[0].bleu or 0.0) <= plain_bleu:
@@ -350,6 +352,16 @@ def tune(
             "no setting translates better (BLEU %.2f) than the plain model (%.2f)", finalists[0].bleu, plain_bleu
         )
     return Tuning(finalists[0].mixture, plain, plain_bleu, tuple(finalists), len(candidates), tokens)
+
+
+def _warn_of_edges(chosen: Options, values: Mapping[str, list[Any]]) -> None:
+    """Say where the best value is the last one that was tried."""
+    for name, tried in values.items():
+        known = sorted(value for value in tried if isinstance(value, int | float))
+        if len(known) > 1 and chosen.get(name) == known[-1]:
+            log.warning("%s = %s is the largest value that was tried; a larger one may be better", name, known[-1])
+        elif len(known) > 1 and chosen.get(name) == known[0] and name not in ("k", "nprobe"):
+            log.warning("%s = %s is the smallest value that was tried; a smaller one may be better", name, known[0])
 
 
 def _shortlist(candidates: list[Candidate], sufficient: float) -> list[Candidate]:
