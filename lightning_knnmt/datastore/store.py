@@ -68,11 +68,7 @@ class Datastore:
             `building.verify` does that.
     """
 
-<<<<<<< HEAD
-    def __init__(self, folder: Path | str, manifest: str = FILE_NAME) -> None:
-=======
-    def __init__(self, folder: Path, manifest: str = MANIFEST) -> None:
->>>>>>> main
+    def __init__(self, folder: Path | str, manifest: str = MANIFEST) -> None:
         self.folder = Path(folder)
         open_together(self.folder, lambda: self._open(manifest), manifest)
         self._starts = np.cumsum([0, *(shard.entries for shard in self.manifest.shards)])
