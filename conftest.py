@@ -29,9 +29,9 @@ def tiny_folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], 
 @pytest.fixture(autouse=True)
 def _names_of_doctests(request: pytest.FixtureRequest, doctest_namespace: dict[str, Any]) -> None:
     """Doctests that speak of `tiny_model` get the folder of a tiny Marian model, and `load_model`."""
-    if isinstance(request.node, pytest.DoctestItem) and request.node.dtest is not None:
-        if any("tiny_model" in example.source for example in request.node.dtest.examples):
-            from lightning_knnmt import load_model
+    test = request.node.dtest if isinstance(request.node, pytest.DoctestItem) else None
+    if test is not None and any("tiny_model" in example.source for example in test.examples):
+        from lightning_knnmt import load_model
 
-            folder_of = request.getfixturevalue("tiny_folder_of")
-            doctest_namespace |= {"tiny_model": str(folder_of("marian_scratch")), "load_model": load_model}
+        folder_of = request.getfixturevalue("tiny_folder_of")
+        doctest_namespace |= {"tiny_model": str(folder_of("marian_scratch")), "load_model": load_model}

@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny_models import ENGLISH, GERMAN, TinyFamily
 from tiny_stores import build_store, corpus_pairs
-from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
 from lightning_knnmt.backbone.batch import IGNORED, Batch
@@ -362,7 +361,9 @@ def test_decoding_options_are_checked(options: dict[str, Any], message: str) -> 
 
 
 def test_one_string_for_a_list_of_sources_is_refused(marian: KeyedModel) -> None:
-    with pytest.raises(TypeError, match=r"sources is one string, 'Öffnen', expected a list of strings: write \['Öffnen'\]"):
+    with pytest.raises(
+        TypeError, match=r"sources is one string, 'Öffnen', expected a list of strings: write \['Öffnen'\]"
+    ):
         Translator(marian, decoding=Decoding(max_new_tokens=5)).translate("Öffnen")
 
 

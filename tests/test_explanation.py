@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from tiny_models import ENGLISH, TINY_FAMILIES
 from tiny_stores import build_store, corpus_pairs
 
@@ -197,6 +196,8 @@ def test_a_search_that_scores_again_is_explained_as_it_decodes(
         assert len(decoded) == len(steps) > 2
         for token, neighbors in zip(steps, decoded, strict=True):
             assert [n.context for n in token.neighbors] == [coarse.context(int(entry)) for entry in neighbors.ids[0]]
-            np.testing.assert_allclose([n.distance for n in token.neighbors], neighbors.distances[0], rtol=1e-3, atol=1e-4)
+            np.testing.assert_allclose(
+                [n.distance for n in token.neighbors], neighbors.distances[0], rtol=1e-3, atol=1e-4
+            )
         by_codes = explain(KnnSettings(4, 0.6, 8.0, nprobe=1).open(marian, coarse), source, Decoding(1, 1, 9), shown=4)
         assert by_codes.tokens[0].neighbors[0].distance != pytest.approx(steps[0].neighbors[0].distance, rel=1e-3)

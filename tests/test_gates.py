@@ -41,7 +41,9 @@ def translator(marian: KeyedModel, memory: DatastoreMemory, gate: Gate | None) -
 
 def test_a_closed_gate_is_the_plain_model_and_an_open_one_is_none(marian: KeyedModel, memory: DatastoreMemory) -> None:
     plain = Translator(marian, decoding=Decoding(3, 3, 10)).translate(GERMAN)
-    closed, opened, none = (translator(marian, memory, gate).translate(GERMAN) for gate in (ConfidenceGate(0.0), ConfidenceGate(1.0), None))
+    closed, opened, none = (
+        translator(marian, memory, gate).translate(GERMAN) for gate in (ConfidenceGate(0.0), ConfidenceGate(1.0), None)
+    )
     assert closed.texts == plain.texts != none.texts
     assert opened.texts == none.texts
     assert closed.spans.counts["search"] == 0 < closed.spans.counts["gate"]

@@ -142,7 +142,9 @@ def test_mixing_a_large_vocabulary_in_blocks_is_mixing_row_by_row() -> None:
     log_probs = neighbor_log_probs(knn_log_weights(50 * torch.rand(21, 6, generator=generator), 10.0), values)
     whole = mix_logits(logits, values, log_probs, 0.4, log_sum_exp(logits))
     rows = [
-        mix_logits(logits[r : r + 1], values[r : r + 1], log_probs[r : r + 1], 0.4, logits[r : r + 1].logsumexp(1, True))
+        mix_logits(
+            logits[r : r + 1], values[r : r + 1], log_probs[r : r + 1], 0.4, logits[r : r + 1].logsumexp(1, True)
+        )
         for r in range(21)
     ]
     torch.testing.assert_close(whole, torch.cat(rows))

@@ -86,7 +86,9 @@ def test_decoding_and_tuned_distances_do_not_depend_on_where_the_memory_is(
     marian: KeyedModel, in_ram: RamMemory, on_disk: DatastoreMemory
 ) -> None:
     settings, decoding = KnnSettings(k=6, lambda_=0.4, temperature=20.0), Decoding(2, 4, 10)
-    texts = [Translator(marian, settings.open(marian, m), decoding).translate(SOURCES[:6]).texts for m in (in_ram, on_disk)]
+    texts = [
+        Translator(marian, settings.open(marian, m), decoding).translate(SOURCES[:6]).texts for m in (in_ram, on_disk)
+    ]
     assert texts[0] == texts[1] != Translator(marian, decoding=decoding).translate(SOURCES[:6]).texts
 
 

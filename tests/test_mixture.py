@@ -55,7 +55,9 @@ def test_each_row_is_mixed_by_its_own_lambda_0_and_1_among_them(seed: int, writa
     assert writable or step.logits.equal(logits)
 
 
-@pytest.mark.parametrize("combiner", [FixedCombiner(lam, TEMPERATURE) for lam in (0.0, 0.3, 1.0)] + [PerRow(), OwnCombiner()])
+@pytest.mark.parametrize(
+    "combiner", [FixedCombiner(lam, TEMPERATURE) for lam in (0.0, 0.3, 1.0)] + [PerRow(), OwnCombiner()]
+)
 def test_log_probs_of_tokens_are_those_of_the_mixed_logits(combiner: Combiner) -> None:
     neighbors, logits = make_neighbors(7), logits_of(7)
     expected = combiner(step_of(logits), neighbors).double().log_softmax(1)

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import init_model
 import pytest
 import torch
 from script_runs import DECODING, Domain, expect_error, run, write_config
@@ -13,7 +14,6 @@ from tiny_models import GERMAN
 
 import build_index
 import evaluate
-import init_model
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.decoding import Decoding, Translator

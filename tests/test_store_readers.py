@@ -141,8 +141,9 @@ def test_a_change_at_any_moment_of_opening_is_seen_whole_or_not_at_all(
     for index in NAMES:
         with monkeypatch.context() as patch:
             during(patch, module, name, changes[action], calls)
-            with open_search(backbone, folder, index) as search:
-                assert_consistent(search, rescore=4)
+            with open_memory(folder, index) as memory:
+                memory.check(backbone)
+                assert_consistent(memory, rescore=4)
                 after = Manifest.load(folder)
                 assert search.datastore.manifest in (before, after)
                 assert before != after or index != NAMES[0]  # the change has happened, but not twice

@@ -193,7 +193,9 @@ def test_an_improbable_reference_has_a_finite_likelihood(
     def improbable(*args: Any) -> Iterator[ReferenceStep]:
         for reference in reference_steps(*args):
             logits = reference.step.logits.scatter_add(
-                1, reference.tokens[:, None], torch.full((len(reference.tokens), 1), -400.0)  # exp gives 0 in float32
+                1,
+                reference.tokens[:, None],
+                torch.full((len(reference.tokens), 1), -400.0),  # exp gives 0 in float32
             )
             yield replace(reference, step=replace(reference.step, logits=logits))
 
