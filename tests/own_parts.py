@@ -32,7 +32,7 @@ class OwnRetriever(Retriever):
         self.searched.append(len(step))
         every = self._memory.search(step.queries, len(self._memory), nprobe=1000)
         left_out = (every.ids < 0) | (every.ids % self.divisor != 0)
-        order = left_out.int().argsort(1, stable=True)[:, : self.k]
+        order = left_out.int().argsort(dim=1, stable=True)[:, : self.k]
         return Neighbors(*(part.gather(1, order) for part in every.parts))
 
 

@@ -145,7 +145,7 @@ def test_a_change_at_any_moment_of_opening_is_seen_whole_or_not_at_all(
                 memory.check(backbone)
                 assert_consistent(memory, rescore=4)
                 after = Manifest.load(folder)
-                assert search.datastore.manifest in (before, after)
+                assert memory.datastore.manifest in (before, after)
                 assert before != after or index != NAMES[0]  # the change has happened, but not twice
 
 
