@@ -33,7 +33,7 @@ from lightning_knnmt.evaluation.tuning import Grid, likelihoods
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
-from lightning_knnmt.knn.mixture import PlainModel
+from lightning_knnmt.knn.mixture import Mixture, PlainModel
 from lightning_knnmt.knn.settings import MixtureConfig
 from lightning_knnmt.training import ExportBackbone, IndexHealth, Schedule, TranslationModule
 from lightning_knnmt.training.datamodule import TranslationDataModule
@@ -124,7 +124,8 @@ def score(
     best = max(candidates, key=lambda candidate: candidate.log_likelihood)
     sources, references = [pair.src for pair in test], [pair.tgt for pair in test]
     found: dict[str, Any] = {"settings": best.mixture.plain, "validation_log_likelihood": best.log_likelihood}
-    for name, mixture in {"base": PlainModel(), "knn": best.mixture.open(model, memory)}.items():
+    mixtures: dict[str, Mixture | PlainModel] = {"base": PlainModel(), "knn": best.mixture.open(model, memory)}
+    for name, mixture in mixtures.items():
         texts = Translator(model, mixture, decoding).translate(sources).texts
         scores = corpus_scores(texts, references)
         found[name] = {"bleu": scores.bleu.value, "chrf": scores.chrf.value, "texts": texts}
