@@ -43,8 +43,10 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         def from_copy(asked: np.ndarray, k: int = k) -> np.ndarray:
             return refine.search(asked, k, options.nprobe)[1]
 
-        ways = {"codes alone": lambda asked, k=k: codes.search(asked, CANDIDATES * k, options.nprobe)[1], "refine": from_copy,
-                "shards": from_shards}  # fmt: skip
+        def from_codes(asked: np.ndarray, k: int = k) -> np.ndarray:
+            return codes.search(asked, CANDIDATES * k, options.nprobe)[1]
+
+        ways = {"codes alone": from_codes, "refine": from_copy, "shards": from_shards}
         recall = {
             name: float(np.mean([np.isin(a[:k], b).mean() for a, b in zip(way(queries[:256]), exact, strict=True)]))
             for name, way in ways.items()
