@@ -6,7 +6,9 @@
 import argparse
 import statistics
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +34,19 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     codes, refine, keys = open_index(store, "codes"), open_index(store, "refine"), MappedKeys(store)
     queries = clumps.queries(options.queries)
     rows = []
-    for index in (codes, refine):
-        index.set_nprobe(options.nprobe)
-
     for k in options.k:
         exact = stores.exact_neighbors(store, queries[:256], k)[1]
 
         def from_shards(asked: np.ndarray, k: int = k) -> np.ndarray:
-            return rescore(asked, codes.search(asked, CANDIDATES * k)[1], keys, k)[1]
+            return rescore(asked, codes.search(asked, CANDIDATES * k, options.nprobe)[1], keys, k)[1]
 
         def from_copy(asked: np.ndarray, k: int = k) -> np.ndarray:
-            return refine.search(asked, k)[1]
+            return refine.search(asked, k, options.nprobe)[1]
 
-        ways = {"codes alone": lambda asked, k=k: codes.search(asked, CANDIDATES * k)[1], "refine": from_copy,
-                "shards": from_shards}  # fmt: skip
+        def from_codes(asked: np.ndarray, k: int = k) -> np.ndarray:
+            return codes.search(asked, CANDIDATES * k, options.nprobe)[1]
+
+        ways = {"codes alone": from_codes, "refine": from_copy, "shards": from_shards}
         recall = {
             name: float(np.mean([np.isin(a[:k], b).mean() for a, b in zip(way(queries[:256]), exact, strict=True)]))
             for name, way in ways.items()
@@ -58,7 +59,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 for block in blocks:
                     way(block)
 
-            work = {name: (lambda way=way: run(way)) for name, way in ways.items()}
+            work: dict[str, Callable[[], object]] = {name: partial(run, way) for name, way in ways.items()}
             times = common.interleaved(work, options.repeats, lambda: None)
             asked = sum(map(len, blocks))
             micros = {name: 1000 * statistics.median(each) / asked for name, each in times.items()}

@@ -46,8 +46,7 @@ def store(tmp_path: Path) -> Iterator[Datastore]:
 
 
 def search(index: FaissIndex, nprobe: int = 3) -> list[list[list[float]]]:
-    index.set_nprobe(nprobe)
-    return [array.tolist() for array in index.search(QUERIES, K)]
+    return [array.tolist() for array in index.search(QUERIES, K, nprobe)]
 
 
 def files(store: Datastore) -> list[str]:

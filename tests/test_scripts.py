@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import init_model
 import pytest
 import torch
 from script_runs import DECODING, Domain, expect_error, run, write_config
@@ -13,7 +14,6 @@ from tiny_models import GERMAN
 
 import build_index
 import evaluate
-import init_model
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.decoding import Decoding, Translator
@@ -146,7 +146,7 @@ def test_another_model_is_compared_with_a_datastore_of_its_own(
     assert systems["knn_dispersed"]["tuning"]["best"] == systems["knn_dispersed"]["knn"]
     assert set(results["significance"]) == {"knn", "dispersed", "knn_dispersed"}
     sources = domain.sources("test")
-    texts = Translator(load_model(model, device="cpu"), Decoding(**DECODING)).translate(sources).texts
+    texts = Translator(load_model(model, device="cpu"), decoding=Decoding(**DECODING)).translate(sources).texts
     assert systems["dispersed"]["bleu"] == pytest.approx(
         corpus_scores(texts, domain.references("test")).bleu.value, abs=1e-3
     )
@@ -257,7 +257,7 @@ def test_init_model_makes_a_model_that_decodes(
     assert hasattr(backbone.model.get_decoder(), "layer_norm") == pre_norm  # after the last block
     output, embeddings = backbone.model.get_output_embeddings(), backbone.model.get_input_embeddings()
     assert (output.weight.data_ptr() == embeddings.weight.data_ptr()) == tied
-    assert len(Translator(backbone, Decoding(max_new_tokens=4)).translate(GERMAN).texts) == len(GERMAN)
+    assert len(Translator(backbone, decoding=Decoding(max_new_tokens=4)).translate(GERMAN).texts) == len(GERMAN)
     (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
     args = ("--config", tmp_path / "init.yaml", "--train", tmp_path / "empty.jsonl")
     expect_error(capsys, init_model.init, *args, expected="empty.jsonl, which is empty; expected one pair or more")

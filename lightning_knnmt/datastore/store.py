@@ -68,7 +68,7 @@ class Datastore:
             `building.verify` does that.
     """
 
-    def __init__(self, folder: Path, manifest: str = MANIFEST) -> None:
+    def __init__(self, folder: Path | str, manifest: str = MANIFEST) -> None:
         self.folder = Path(folder)
         open_together(self.folder, lambda: self._open(manifest), manifest)
         self._starts = np.cumsum([0, *(shard.entries for shard in self.manifest.shards)])

@@ -226,13 +226,15 @@ def likelihoods(
     values = grid.values_for(mixture, memory.nlist)
     if "temperature" in mixture.combiner.option_names and "temperature" not in values:
         values["temperature"] = default_temperatures(*_nearest(model, memory, mixture, pairs, grid, values))
-    ks = values.pop("k", [None])
+    ks = values.pop("k") if "k" in mixture.retriever.option_names else [None]
     searching = _choices(values, (*mixture.retriever.option_names, *mixture.gate.option_names))
     weighing = _choices(values, tuple(set(mixture.combiner.option_names) - set(mixture.retriever.option_names)))
     largest = {} if ks == [None] else {"k": max(ks)}
     opened = [mixture.with_options(**options, **largest).open(model, memory) for options in searching]
-    combiners = [mixture.combiner.with_options(**options).to(model.device).eval() for options in weighing]
-    for combiner in combiners:
+    combiners = {}  # [number of k, number of other options -> combiner]
+    for (number, k), (other, options) in itertools.product(enumerate(ks), enumerate(weighing)):
+        both = {"k": k} if k is not None and "k" in mixture.combiner.option_names else {}
+        combiners[number, other] = combiner = mixture.combiner.with_options(**options, **both).to(model.device).eval()
         combiner.bind(model, memory)
     sums = torch.zeros(len(searching), len(ks), len(weighing), dtype=torch.float64)
     plain, tokens = 0.0, 0
@@ -244,8 +246,8 @@ def likelihoods(
         for place, each in enumerate(opened):
             each.begin(reference.batch)
             neighbors = each.neighbors(step)
-            for (number, k), (other, combiner) in itertools.product(enumerate(ks), enumerate(combiners)):
-                found = neighbors if k is None else neighbors.first(k)
+            for (number, other), combiner in combiners.items():
+                found = neighbors if (k := ks[number]) is None else neighbors.first(k)
                 log_probs = combiner.token_log_probs(step, found, reference.tokens)
                 sums[place, number, other] += float(log_probs.double().sum())
     candidates = []
