@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import common
+from scratch_model import ModelShape, init_model
 from tqdm import tqdm
 
 from lightning_knnmt.backbone.config import load_model
-from lightning_knnmt.backbone.scratch import ModelShape, init_model
 from lightning_knnmt.building import index as index_builder
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.building.encoder import ShardWriter

@@ -89,6 +89,7 @@ class WithinShortlist:
 
 def ours(backbone: KeyedModel, texts: list[str], batch_size: int, shortlist: Shortlist | None) -> list[str]:
     """Greedy translations in the order of the texts, batched by length."""
+    model: Any = backbone.model
     order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
     translations = [""] * len(texts)
     for start in range(0, len(order), batch_size):
@@ -96,7 +97,7 @@ def ours(backbone: KeyedModel, texts: list[str], batch_size: int, shortlist: Sho
         batch = backbone.batch([texts[number] for number in numbers])
         processors = []
         if shortlist is not None:
-            shared = backbone.model.config.share_encoder_decoder_embeddings
+            shared = model.config.share_encoder_decoder_embeddings
             processors.append(WithinShortlist(shortlist, batch.input_ids, backbone.vocabulary_size, shared))
         sequences = backbone.generate(batch, num_beams=1, do_sample=False, logits_processor=processors)
         decoded = backbone.tokenizer.batch_decode(sequences, skip_special_tokens=True)

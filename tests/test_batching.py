@@ -7,11 +7,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from scratch_model import ModelShape, init_model
 from torch import Tensor
 
 from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.backbone.config import BackboneConfig
-from lightning_knnmt.backbone.scratch import ModelShape, init_model
 from lightning_knnmt.data.batching import TokenBudgetSampler, divisible_batches, token_budget_batches
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.splits import write_splits

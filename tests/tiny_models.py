@@ -9,6 +9,7 @@ from typing import Any
 
 import sentencepiece
 import torch
+from scratch_model import ModelShape, init_model
 from tiny_firefox import ship
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -49,7 +50,6 @@ from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CO
 from lightning_knnmt.backbone.firefox.importing import write_folder
 from lightning_knnmt.backbone.firefox.model_card import Provenance
 from lightning_knnmt.backbone.firefox.shipped_files import ShippedFiles
-from lightning_knnmt.backbone.scratch import ModelShape, init_model
 
 GERMAN = [
     "Der Drucker ist nicht bereit.",

@@ -1,23 +1,15 @@
-"""A new translation model: joint subwords from a corpus and randomly initialised weights."""
+"""A small translation model for tests and benchmarks: joint subwords and randomly initialised weights."""
 
 import io
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import sentencepiece
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import (
-    M2M100Config,
-    M2M100ForConditionalGeneration,
-    MarianConfig,
-    MarianMTModel,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import MarianConfig, MarianMTModel, PreTrainedTokenizerFast
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +61,6 @@ class ModelShape:
         ffn: Size of the feed-forward layers.
         dropout: Dropout rate while training.
         positions: Longest sequence, in tokens.
-        pre_norm: Normalise before every sub-layer and once after the last (the layout of M2M100), not after every one
-            (Marian's).
-        tied: Encoder, decoder and output projection share one matrix of embeddings.
     """
 
     vocabulary: int = 8000
@@ -82,8 +71,6 @@ class ModelShape:
     ffn: int = 512
     dropout: float = 0.1
     positions: int = 512
-    pre_norm: bool = False
-    tied: bool = True
 
 
 def init_model(texts: Iterable[str], out: Path, shape: ModelShape, seed: int = 1) -> None:
@@ -98,8 +85,7 @@ def init_model(texts: Iterable[str], out: Path, shape: ModelShape, seed: int = 1
     tokenizer = train_tokenizer(texts, shape.vocabulary)
     tokenizer.model_max_length = shape.positions
     torch.manual_seed(seed)
-    family = _m2m100 if shape.pre_norm else _marian
-    model = family(
+    config = MarianConfig(
         vocab_size=len(tokenizer),
         d_model=shape.d_model,
         encoder_layers=shape.encoder_layers,
@@ -116,23 +102,13 @@ def init_model(texts: Iterable[str], out: Path, shape: ModelShape, seed: int = 1
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
-        tie_word_embeddings=shape.tied,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        forced_eos_token_id=tokenizer.eos_token_id,
     )
+    model = MarianMTModel(config)
     model.generation_config.bad_words_ids = [[tokenizer.pad_token_id]]
     model.generation_config.max_length = None
     model.generation_config.max_new_tokens = shape.positions // 2
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     log.info("%s: %d tokens, %.2f M parameters", out, len(tokenizer), model.num_parameters() / 1e6)
-
-
-def _marian(**config: Any) -> PreTrainedModel:
-    start = {"decoder_start_token_id": config["pad_token_id"], "forced_eos_token_id": config["eos_token_id"]}
-    return MarianMTModel(MarianConfig(**config, **start))
-
-
-def _m2m100(**config: Any) -> PreTrainedModel:
-    start = {"decoder_start_token_id": config["eos_token_id"]}  # its positions skip padding
-    return M2M100ForConditionalGeneration(
-        M2M100Config(**config, **start, attention_dropout=0.0, encoder_layerdrop=0.0, decoder_layerdrop=0.0)
-    )
