@@ -29,7 +29,7 @@ class SplitConfig:
         min_words: Held-out sources have at least this many words; shorter ones of held-out documents are dropped.
         by: What is kept together.
         seed: Seed of the draw, to which the order of the pairs does not matter.
-        sentences: Languages, such as `en-pt`, by whose rules training pairs are cut into sentences, none of which may be
+        sentences: Languages, such as `en-pt`, by whose rules training pairs are cut into sentences, none of which is
             a held-out source: for models that store sentences one by one. Empty: pairs are taken whole.
     """
 
