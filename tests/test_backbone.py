@@ -194,8 +194,8 @@ def test_hooks_go_even_after_exceptions(marian_folder: Path, key_type):
 def test_half_precision_keys_are_close_to_full_precision(
     tiny_folder: Path, tiny_family: TinyFamily, key_type, dtype: str
 ):
-    full = load_model(str(tiny_folder), key_type, device="cpu", **tiny_family.languages)
-    half = load_model(str(tiny_folder), key_type, device="cpu", dtype=dtype, **tiny_family.languages)
+    full = load_model(str(tiny_folder), key_type=key_type, device="cpu", **tiny_family.languages)
+    half = load_model(str(tiny_folder), key_type=key_type, device="cpu", dtype=dtype, **tiny_family.languages)
     batch = full.batch(GERMAN, ENGLISH)
     with torch.inference_mode():
         expected, keys = full.keys(batch)[batch.target_mask], half.keys(batch)[batch.target_mask]

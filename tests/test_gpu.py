@@ -66,8 +66,8 @@ def store(on_cpu: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.mark.parametrize("key_type", ["decoder_output", "ffn_input"])
 def test_keys_on_the_gpu_are_close_to_those_on_the_cpu(tiny_folder: Path, tiny_family: TinyFamily, key_type):
-    cpu = load_model(str(tiny_folder), key_type, device="cpu", **tiny_family.languages)
-    gpu = load_model(str(tiny_folder), key_type, **tiny_family.languages)
+    cpu = load_model(str(tiny_folder), key_type=key_type, device="cpu", **tiny_family.languages)
+    gpu = load_model(str(tiny_folder), key_type=key_type, **tiny_family.languages)
     assert gpu.device.type == "cuda"
     with torch.inference_mode():
         batch = cpu.batch(GERMAN, ENGLISH)
