@@ -22,7 +22,7 @@ from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.opening import open_index
-from lightning_knnmt.knn.retrievers.whole_store import Neighbors
+from lightning_knnmt.knn.neighbors import Neighbors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import memory
