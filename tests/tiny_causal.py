@@ -56,9 +56,7 @@ def tokenizer_like(pattern: str | None, begins: bool = False) -> PreTrainedToken
     specials = ["<|end|>", "<|begin|>"]
     trained.train_from_iterator(
         [PAGE, OTHER_PAGE],
-        trainers.BpeTrainer(
-            vocab_size=340, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=340, special_tokens=specials, initial_alphabet=alphabet, show_progress=False),
     )
     if begins:
         trained.post_processor = processors.TemplateProcessing(

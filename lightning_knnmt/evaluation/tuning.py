@@ -337,7 +337,7 @@ def tune(
     plain_bleu = _bleu(Translator(model, PlainModel(), decoding), pairs)
     log.info("plain model: log-likelihood %.3f, BLEU %.2f", plain, plain_bleu)
     finalists = []
-    for candidate in _shortlist(candidates, best - grid.nprobe_tolerance)[: grid.finalists]:
+    for candidate in shortlist(candidates, best - grid.nprobe_tolerance)[: grid.finalists]:
         bleu = _bleu(Translator(model, candidate.mixture.open(model, memory), decoding), pairs)
         log.info("%s: log-likelihood %.3f, BLEU %.2f", candidate.mixture, candidate.log_likelihood, bleu)
         finalists.append(Candidate(candidate.mixture, candidate.options, candidate.log_likelihood, bleu))
@@ -351,7 +351,7 @@ def tune(
     return Tuning(finalists[0].mixture, plain, plain_bleu, tuple(finalists), len(candidates), tokens)
 
 
-def _shortlist(candidates: list[Candidate], sufficient: float) -> list[Candidate]:
+def shortlist(candidates: list[Candidate], sufficient: float) -> list[Candidate]:
     """The best choice of each λ, if there is one, with the smallest nprobe that suffices, the best first."""
     if "nprobe" in candidates[0].options:
         nprobe = min(c.options["nprobe"] for c in candidates if c.log_likelihood >= sufficient)
