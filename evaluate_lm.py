@@ -70,7 +70,7 @@ def evaluate_lm(
     splits = {"test": test} if tuning is None else {"test": test, "validation": tuning.validation}
     pairs = {name: list(read_pairs(corpus)) for name, corpus in splits.items()}
     with open_memory(datastore, index, mmap, index_device) as memory:
-        stored = (pair for shard in memory.datastore.shards() for pair in shard.pairs())
+        stored = (pair for shard in memory.datastore.shards for pair in shard.pairs())
         check_documents_apart({"the datastore": stored, **pairs})
         model = backbone.load()
         memory.check(model)

@@ -42,7 +42,7 @@ class Perplexity:
     def perplexity(self) -> float:
         """exp(−log-likelihood), per token of the model's own vocabulary.
 
-        >>> Perplexity(-math.log(8), tokens=100, tokens_per_second=50).perplexity
+        >>> round(Perplexity(-math.log(8), tokens=100, tokens_per_second=50).perplexity, 6)
         8.0
         """
         return math.exp(-self.log_likelihood)
