@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from lightning_knnmt.backbone.batch import Batch, collate
 from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.backbone.families import family_of, position_limit
-from lightning_knnmt.backbone.gguf import loading_options
+from lightning_knnmt.backbone.gguf import load_causal, loading_options
 from lightning_knnmt.backbone.keyed_model import TokenIds
 from lightning_knnmt.backbone.pretrained import PretrainedModel
 from lightning_knnmt.checks import check_one_of
@@ -46,7 +46,7 @@ class CausalModel(PretrainedModel):
         self._start_id = _start_id(self.tokenizer, self.name)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.convert_ids_to_tokens(self._start_id)
-        self.place(AutoModelForCausalLM.from_pretrained(**options, config=hub, dtype=getattr(torch, config.dtype)))
+        self.place(load_causal(config.model, hub, getattr(torch, config.dtype)))
 
     def tokenize(self, sources: Sequence[str], targets: Sequence[str] | None = None) -> TokenIds:
         """Token ids of contexts and, where given, of what continues them.

@@ -4,6 +4,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoModelForCausalLM, GgufConfig, PretrainedConfig, PreTrainedModel
+
 SUFFIX = ".gguf"
 
 
@@ -27,3 +30,12 @@ def loading_options(model: str) -> dict[str, Any]:
     if find_spec("gguf") is None:
         raise ImportError(f"model is {model!r}; reading .gguf files needs `pip install gguf`")
     return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
+def load_causal(model: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The weights of a language model, those of a .gguf file unpacked: an ordinary model, to be trained and saved."""
+    # without being told, transformers leaves them packed where it finds a package with kernels for that
+    packed = {"quantization_config": GgufConfig(dequantize=True)} if is_gguf(model) else {}
+    return AutoModelForCausalLM.from_pretrained(
+        **loading_options(model), **packed, config=config, dtype=dtype, trust_remote_code=False
+    )
