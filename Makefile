@@ -3,9 +3,12 @@ REQUIREMENTS ?= requirements.txt
 BIN := .venv/bin
 export OMP_WAIT_POLICY := PASSIVE
 
+MODEL ?= data/models/firefox-en-pt
+IMPORTED := $(if $(filter data/models/firefox-en-pt,$(MODEL)),data/models/firefox-en-pt/config.json)
+
 INSTALLED := .venv/installed-$(REQUIREMENTS)
 
-.PHONY: install test demo benchmark-libreoffice base clean
+.PHONY: install test demo benchmark-libreoffice clean
 
 install: $(INSTALLED)
 
@@ -24,25 +27,21 @@ test: install
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 
-demo: install
+# Any other English-Portuguese model: make demo MODEL=hub-name-or-folder
+demo: install $(IMPORTED)
 	$(BIN)/python prepare_data.py --config configs/data/pretix.yaml
-	$(BIN)/python build_index.py --config configs/demo/build.yaml
-	$(BIN)/python build_index.py --config configs/demo/build_dispersed.yaml
-	$(BIN)/python evaluate.py --config configs/demo/evaluate.yaml
+	$(BIN)/python build_index.py build --config configs/demo/build.yaml --backbone.model $(MODEL)
+	$(BIN)/python evaluate.py --config configs/demo/evaluate.yaml --backbone.model $(MODEL)
 
 # LibreOffice's help pages; needs apt-get
-benchmark-libreoffice: install
+benchmark-libreoffice: install $(IMPORTED)
 	$(BIN)/python prepare_data.py --config configs/data/libreoffice_help.yaml
-	$(BIN)/python build_index.py --config configs/libreoffice_help/build.yaml
-	$(BIN)/python evaluate.py --config configs/libreoffice_help/evaluate.yaml
+	$(BIN)/python build_index.py build --config configs/libreoffice_help/build.yaml --backbone.model $(MODEL)
+	$(BIN)/python evaluate.py --config configs/libreoffice_help/evaluate.yaml --backbone.model $(MODEL)
 
-# The demo's base model from scratch: hours on two cores; needs apt-get
-base: install
-	$(BIN)/python prepare_data.py --config configs/data/pretix.yaml
-	$(BIN)/python prepare_data.py --config configs/data/libreoffice_help.yaml
-	$(BIN)/python prepare_data.py --config configs/data/program_catalogs.yaml
-	$(BIN)/python init_model.py --config configs/base_init.yaml
-	$(BIN)/python train.py fit --config configs/base.yaml
+# The model that Firefox translates with in the browser
+data/models/firefox-en-pt/config.json: install
+	$(BIN)/python import_model.py --config configs/models/firefox_en_pt.yaml
 
 clean:
 	rm -rf .venv runs data

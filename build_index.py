@@ -1,11 +1,11 @@
-"""Build a datastore and its index: ``python build_index.py --config configs/demo/build.yaml``.
+"""Build a datastore and its index, plan, check and change one.
 
-``python build_index.py plan --config configs/demo/build.yaml`` says before what that will take.
-``python build_index.py verify --folder runs/demo/store`` checks every file of one against its checksum.
-``append --config … --datastore.corpus.path new.jsonl``, ``remove --folder … --document NAME`` and
-``compact --folder …`` change one; what is searched meanwhile is the datastore as it was.
-``torchrun --nproc-per-node 2 build_index.py --config … --processes.devices 2`` builds in two processes, as does the
-same line without ``torchrun``.
+``python build_index.py build --config configs/demo/build.yaml`` builds; ``plan`` with the same options says before what
+that will take. ``verify FOLDER`` checks every file of a datastore against its checksum.
+``append --config … --datastore.corpus.path new.jsonl``, ``remove FOLDER --document NAME`` and ``compact FOLDER`` change
+one; what is searched meanwhile is the datastore as it was.
+``torchrun --nproc-per-node 2 build_index.py build --config … --processes.devices 2`` builds in two processes, as does
+the same line without ``torchrun``. Options without a command are those of ``build``.
 """
 
 import logging
@@ -14,32 +14,28 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from lightning_knnmt.backbone.keyed_model import KeyedModel
-from lightning_knnmt.building.datastore import DatastoreBuild, DatastoreConfig, build_datastore
-from lightning_knnmt.building.index import build_index
-from lightning_knnmt.building.plan import Plan, make_plan, to_text
-from lightning_knnmt.building.removal import remove_documents
-from lightning_knnmt.building.updating import Change, append_pairs, compact
-from lightning_knnmt.building.verify import verify
-from lightning_knnmt.cli import USER_ERROR, log_cut, run_script
-from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, write_json
+from lightning_knnmt.backbone.config import BackboneConfig
+from lightning_knnmt.building.config import DatastoreConfig
+from lightning_knnmt.cli import log_cut, run_script
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.opening import open_index
-from lightning_knnmt.index.report import IndexReport
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.files import write_json
+from lightning_knnmt.storage.layout import BUILD_RECORD
 from lightning_knnmt.storage.ranks import Processes, refuse_several_processes
-from lightning_knnmt.timing import peak_memory_mb
+
+if TYPE_CHECKING:  # each command imports what it needs, so that those without a model start at once
+    from lightning_knnmt.building.change import Change
+    from lightning_knnmt.building.datastore import DatastoreBuild
+    from lightning_knnmt.building.plan import Plan
+    from lightning_knnmt.index.report import IndexReport
 
 log = logging.getLogger("lightning_knnmt.build_index")
 
 
 def build(
-    backbone: KeyedModel,
+    backbone: BackboneConfig,
     datastore: DatastoreConfig,
     index: IndexConfig = IndexConfig(),
     processes: Processes = Processes(),
@@ -49,33 +45,41 @@ def build(
     Beside the shards and the index, build.json says how long each stage took and how much memory it needed.
 
     Args:
-        backbone: The model whose states become the keys, such as --backbone.model models/demo-de-en; --backbone.help
-            lists its other options.
+        backbone: The model whose states become the keys, such as --backbone.model
+            data/models/firefox-en-pt, and how it is loaded.
         datastore: The corpus and where the datastore goes.
         index: The index over it.
         processes: How many processes build together.
     """
-    with processes.start(backbone) as ranks:
+    from lightning_knnmt.building.datastore import build_datastore
+    from lightning_knnmt.building.index import build_index
+    from lightning_knnmt.datastore import Datastore
+    from lightning_knnmt.index.opening import load_index
+    from lightning_knnmt.timing import peak_memory_mb
+
+    model = backbone.load()
+    with processes.start(model) as ranks:
         if ranks.rank > 0:
             logging.getLogger("lightning_knnmt").setLevel(logging.WARNING)
         start = time.perf_counter()
-        built = build_datastore(backbone, datastore, ranks)
+        built = build_datastore(model, datastore, ranks)
         encode = _encode_record(built, time.perf_counter() - start)
-        backbone.cut_texts = sum(ranks.each(lambda: backbone.cut_texts))
         with Datastore(datastore.folder) as store:
             report = build_index(store, index, ranks)
             if ranks.rank > 0:
                 return
-            sizes = open_index(store, index.name).list_sizes()
-        spread = None if sizes is None else _spread(sizes)
+            sizes = load_index(store, index.name).list_sizes()
+        spread = None if sizes is None else _spread(sizes.tolist())
         _record(datastore.folder, index.name, encode, report, spread)
         _log_report(report, spread)
         log.info("peak memory %s MB", peak_memory_mb())
-        log_cut(backbone)
+        log_cut(built.cut)
 
 
-def _encode_record(built: DatastoreBuild, seconds: float) -> dict[str, Any] | None:
-    """What build.json says of encoding; None if it was done before."""
+def _encode_record(built: "DatastoreBuild", seconds: float) -> dict[str, Any] | None:
+    """The entry of build.json on encoding; None if it was done before."""
+    from lightning_knnmt.timing import peak_memory_mb
+
     if built.kept:
         return None
     entries, pairs = built.manifest.entries, built.manifest.pairs
@@ -84,9 +88,12 @@ def _encode_record(built: DatastoreBuild, seconds: float) -> dict[str, Any] | No
 
 
 def _record(
-    folder: Path, name: str, encode: dict[str, Any] | None, report: IndexReport, spread: dict[str, int] | None
+    folder: Path, name: str, encode: dict[str, Any] | None, report: "IndexReport", spread: dict[str, int] | None
 ) -> None:
     """Put into build.json what is new; an index that was there before has the times that are written there."""
+    from lightning_knnmt.evaluation.report import read_build
+    from lightning_knnmt.timing import peak_memory_mb
+
     record = read_build(folder)
     if encode is not None:
         record = {"encode": encode, "indexes": {}}
@@ -95,15 +102,17 @@ def _record(
         record["indexes"][name] = built | ({} if spread is None else {"list_sizes": spread})
         log.info("index %s", ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in report.seconds.items()))
     if record != read_build(folder):
-        write_json(folder / BUILD_FILE, record)
+        write_json(folder / BUILD_RECORD, record)
 
 
-def _spread(sizes: np.ndarray) -> dict[str, int]:
+def _spread(sizes: list[int]) -> dict[str, int]:
+    import numpy as np
+
     shortest, median, longest = (int(size) for size in np.quantile(sizes, (0, 0.5, 1)))
-    return {"smallest": shortest, "median": median, "largest": longest, "empty": int((sizes == 0).sum())}
+    return {"smallest": shortest, "median": median, "largest": longest, "empty": sizes.count(0)}
 
 
-def _log_report(report: IndexReport, spread: dict[str, int] | None) -> None:
+def _log_report(report: "IndexReport", spread: dict[str, int] | None) -> None:
     if spread is None or report.imbalance_factor is None or report.homogeneity is None:
         log.info("%s: %d entries, no lists", report.factory, report.entries)
         return
@@ -113,14 +122,14 @@ def _log_report(report: IndexReport, spread: dict[str, int] | None) -> None:
 
 
 def plan(
-    backbone: KeyedModel,
+    backbone: BackboneConfig,
     datastore: DatastoreConfig,
     index: IndexConfig = IndexConfig(),
     processes: Processes = Processes(),
     entries: int | None = None,
     machines: int | None = None,
     sample_pairs: int = 2000,
-) -> Plan:
+) -> "Plan":
     """Print what a build would take, without building: entries, disk, peak memory, and the time of each stage.
 
     Rates are measured on this machine within about a minute: a sample of the corpus is encoded, and small indexes over
@@ -141,9 +150,10 @@ def plan(
     Raises:
         ValueError: There are no pairs, a number is less than 1, or FAISS does not know the factory string.
     """
+    from lightning_knnmt.building.plan import make_plan, to_text
+
     share = processes.devices * processes.num_nodes if machines is None else machines
-    made = make_plan(backbone, datastore, index, entries, share, sample_pairs)
-    log_cut(backbone)
+    made = make_plan(backbone.load(), datastore, index, entries, share, sample_pairs)
     sys.stdout.write(to_text(made) + "\n")
     return made
 
@@ -157,14 +167,15 @@ def verify_datastore(folder: Path) -> None:
     Raises:
         DatastoreError: Something is missing or was changed since.
     """
-    problems = verify(folder)
-    if problems:
+    from lightning_knnmt.building.verify import verify
+
+    if problems := verify(folder):
         raise DatastoreError(f"{folder} is damaged: {'; '.join(map(str, problems))}; build it again")
     log.info("%s is whole", folder)
 
 
 def append(
-    backbone: KeyedModel,
+    backbone: BackboneConfig,
     datastore: DatastoreConfig,
     index: IndexConfig = IndexConfig(),
     processes: Processes = Processes(),
@@ -178,20 +189,29 @@ def append(
         processes: As in the configuration of `build`; one process appends.
     """
     refuse_several_processes("append")
-    change = append_pairs(backbone, datastore)
+    from lightning_knnmt.building.append import append_pairs
+
+    change = append_pairs(backbone.load(), datastore)
     log.info("%d pairs appended, %d were stored before", change.pairs, change.known)
     _log_change(change)
-    log_cut(backbone)
+    log_cut(change.cut)
 
 
-def remove(folder: Path, document: list[str]) -> None:
+def remove(folder: Path, document: list[str] | None = None) -> None:
     """Remove documents from a datastore: from the next time it is opened, no search finds them.
 
     Args:
         folder: The datastore.
         document: Name of a document, as it is stored with its pairs; may be given several times.
+
+    Raises:
+        ValueError: No document is named.
     """
     refuse_several_processes("remove")
+    from lightning_knnmt.building.remove import remove_documents
+
+    if not document:
+        raise ValueError("document is missing, expected the name of one or more: --document NAME")
     done = remove_documents(folder, document)
     log.info("%d pairs with %d entries removed", done.pairs, done.entries)
     log.info("%d of %d entries are removed and take room until `compact`", done.removed, done.total)
@@ -204,12 +224,14 @@ def compact_datastore(folder: Path) -> None:
         folder: The datastore.
     """
     refuse_several_processes("compact")
+    from lightning_knnmt.building.compact import compact
+
     change = compact(folder)
     log.info("%d removed pairs cleared away", change.pairs)
     _log_change(change)
 
 
-def _log_change(change: Change) -> None:
+def _log_change(change: "Change") -> None:
     manifest = change.manifest
     log.info("%d entries of %d pairs in %d shards", manifest.entries, manifest.pairs, len(manifest.shards))
     for name, report in change.indexes.items():
@@ -230,20 +252,22 @@ COMMANDS: dict[str, Callable[..., object]] = {
 
 
 def main(args: list[str]) -> None:
-    """Run the command that the arguments begin with; options alone are those of `build`."""
-    if args and not args[0].startswith("-"):
-        command, *args = args
-    else:
-        command = "build"
-    if command not in COMMANDS:
-        sys.stderr.write(f"error: the command is {command!r}, expected one of {', '.join(COMMANDS)}\n")
-        sys.exit(USER_ERROR)
-    run_script(COMMANDS[command], spell_out(command, args))
+    """Run the command that the arguments begin with."""
+    run_script(COMMANDS, spell_out(args))
 
 
-def spell_out(command: str, args: list[str]) -> list[str]:
-    """Arguments as jsonargparse takes them: each --document adds one, as its --document+ does."""
-    return [re.sub(r"^--document(?==|$)", "--document+", arg) for arg in args] if command == "remove" else args
+def spell_out(args: list[str]) -> list[str]:
+    """Arguments as jsonargparse takes them: a command first, then a folder by its place, and each document added.
+
+    So what was written for earlier versions goes on working: options alone, which are those of `build`, and
+    `--folder FOLDER` for commands on one datastore.
+    """
+    if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
+        args = ["build", *args]
+    if args and args[0] in ("verify", "remove", "compact"):
+        args = [arg.removeprefix("--folder=") for arg in args if arg != "--folder"]
+        args = [re.sub(r"^--document(?==|$)", "--document+", arg) for arg in args]
+    return args
 
 
 if __name__ == "__main__":

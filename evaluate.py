@@ -84,7 +84,7 @@ def evaluate(
     """Translate a test split with the plain model and with kNN, and report quality and speed of both.
 
     Args:
-        backbone: The model, such as --backbone.model models/demo-de-en; --backbone.help lists its other options.
+        backbone: The model, such as --backbone.model data/models/firefox-en-pt, and how it is loaded.
         datastore: Folder of a datastore built from that model.
         test: The test split.
         out: Folder for results.json, results.md, translate.yaml and cluster_sizes.png.

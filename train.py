@@ -1,14 +1,20 @@
-"""Train or fine-tune a translation model: ``python train.py fit --config configs/base.yaml``."""
+"""Train or fine-tune a translation model: ``python train.py fit --config configs/base.yaml``.
 
-from lightning.pytorch.cli import LightningCLI
+What all runs share is in ``configs/training.yaml``.
+"""
 
-from lightning_knnmt.training import TranslationModule
-from lightning_knnmt.training.datamodule import TranslationDataModule
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_knnmt.training.command_line import TrainingCLI, errors_in_one_line
+
+SHARED = Path(__file__).parent / "configs" / "training.yaml"
 
 
-def main(args: list[str] | None = None) -> None:
-    """Run Lightning's command line: fit, validate, test or predict."""
-    LightningCLI(TranslationModule, TranslationDataModule, args=args, save_config_kwargs={"overwrite": True})
+def main(args: Sequence[str] | None = None) -> None:
+    """Run Lightning's command line: fit or validate."""
+    with errors_in_one_line():
+        TrainingCLI(SHARED, args)
 
 
 if __name__ == "__main__":

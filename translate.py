@@ -41,7 +41,7 @@ def translate(
     """Translate UTF-8 text, one sentence a line, with the neighbors of a datastore or with the plain model.
 
     Args:
-        backbone: The model, such as --backbone.model models/demo-de-en; --backbone.help lists its other options.
+        backbone: The model, such as --backbone.model data/models/firefox-en-pt, and how it is loaded.
         datastore: Folder of a datastore built from that model; None: the plain model.
         index: Name of the datastore's index.
         knn: The usual search and mixture, where no class is chosen below.

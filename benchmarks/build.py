@@ -30,8 +30,9 @@ import torch
 from lightning_knnmt.backbone.batch import Batch, collate
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
-from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
-from lightning_knnmt.building.encoder import Item, cut, items_of, write_shard
+from lightning_knnmt.building.config import DatastoreConfig
+from lightning_knnmt.building.datastore import build_datastore
+from lightning_knnmt.building.encoder import Item, Tokenized, cut, write_shard
 from lightning_knnmt.data.batching import token_budget_batches
 from lightning_knnmt.data.boxes import box_batches
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
@@ -93,7 +94,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def measure_stages(backbone: KeyedModel, config: DatastoreConfig, repeats: int) -> dict[str, Any]:
     """A build, its stages, and the bare forward pass, in turn."""
     pairs = list(enumerate(read_pairs(config.corpus)))
-    shards = list(cut(items_of(backbone, iter(pairs)), lambda item: len(item.tgt), config.shard_entries))
+    shards = list(cut(Tokenized(backbone, pairs), lambda item: len(item.tgt), config.shard_entries))
     batches = [_batches(items, config) for items in shards]
     padded = [
         batch.to(backbone.device)
@@ -132,7 +133,7 @@ def measure_stages(backbone: KeyedModel, config: DatastoreConfig, repeats: int) 
         BUILD: lambda: build_quietly(backbone, config),
         ENCODE: encode,
         "read": lambda: sum(1 for _ in read_pairs(config.corpus)),
-        "tokenize": lambda: sum(1 for _ in items_of(backbone, iter(pairs))),
+        "tokenize": lambda: sum(1 for _ in Tokenized(backbone, pairs)),
         "pad": pad,
         "write": write,
     }

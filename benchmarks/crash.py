@@ -30,10 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import common
+from scratch_model import ModelShape, init_model
 from tqdm import tqdm
 
 from lightning_knnmt.backbone.config import load_model
-from lightning_knnmt.backbone.scratch import ModelShape, init_model
 from lightning_knnmt.building import index as index_builder
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.building.encoder import ShardWriter
@@ -41,10 +41,10 @@ from lightning_knnmt.building.index import build_index
 from lightning_knnmt.building.verify import verify
 from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.datastore import Datastore, Manifest
-from lightning_knnmt.datastore.manifest import BUILDING
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import PartialFile
+from lightning_knnmt.storage.layout import BUILDING
 from lightning_knnmt.storage.ranks import Processes
 
 STAGES = ("encode", "train", "add", "merge", "write")
@@ -105,7 +105,7 @@ def _draw_out(tell: Callable[[str], None]) -> None:
         return slow
 
     ShardWriter.append = drawn_out("encode", ShardWriter.append)  # type: ignore[method-assign]
-    index_builder._train = drawn_out("train", index_builder._train)
+    index_builder.train = drawn_out("train", index_builder.train)
     index_builder.merge = drawn_out("merge", index_builder.merge)
     PartialFile.finish = drawn_out("write", PartialFile.finish)  # type: ignore[method-assign]
     chunks = Datastore.key_chunks

@@ -18,7 +18,8 @@ import lightning as L
 import torch
 
 from lightning_knnmt import dispersion as losses
-from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.config import BackboneConfig, load_model
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.readers import CorpusFile
@@ -28,9 +29,12 @@ from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.dispersion.functional.directions import directions
 from lightning_knnmt.evaluation.report import table
 from lightning_knnmt.evaluation.scores import corpus_scores, paired_bootstrap
-from lightning_knnmt.evaluation.tuning import Grid, likelihoods, reference_states
+from lightning_knnmt.evaluation.tuning import Grid, likelihoods
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import KnnSearch
+from lightning_knnmt.index.memory import DatastoreMemory
+from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.knn.mixture import Mixture, PlainModel
+from lightning_knnmt.knn.settings import MixtureConfig
 from lightning_knnmt.training import ExportBackbone, IndexHealth, Schedule, TranslationModule
 from lightning_knnmt.training.datamodule import TranslationDataModule
 from lightning_knnmt.training.module import Trainable
@@ -39,7 +43,7 @@ REGULARISERS: dict[str, losses.Dispersion] = {
     "sliced": losses.SlicedDispersion(),
     "sliced, 4 circles": losses.SlicedDispersion(circles=4),
     "axis-aligned": losses.AxisAlignedSlicedDispersion(),
-    "spherical variance": losses.SphericalVariance(),
+    "mean resultant length": losses.MeanResultantLength(),
     "MHE": losses.HypersphericalEnergy(max_points=1024),
     "MMD": losses.KernelDispersion(max_points=1024),
     "KoLeo": losses.KoLeo(max_points=1024),
@@ -88,7 +92,7 @@ def fine_tune(variant: Variant, folder: Path, options: argparse.Namespace) -> di
     """Train a variant as `train.py fit --config configs/dispersion/…` does, export it, and return its measures."""
     L.seed_everything(options.seed)
     module = TranslationModule(
-        str(options.model), Schedule(options.lr, options.steps // 10, options.steps, options.steps // 3),
+        BackboneConfig(options.model), Schedule(options.lr, options.steps // 10, options.steps, options.steps // 3),
         trainable=variant.trainable, dispersion=REGULARISERS[variant.regulariser or "sliced"], gamma=variant.gamma,
     )  # fmt: skip
     data = TranslationDataModule(options.data / "train.jsonl", options.data / "validation.jsonl", options.max_tokens)
@@ -111,17 +115,18 @@ def fine_tune(variant: Variant, folder: Path, options: argparse.Namespace) -> di
     }  # fmt: skip
 
 
-def score(search: KnnSearch, test: list[Any], validation: list[Any], nprobe: int, decoding: Decoding) -> dict[str, Any]:
+def score(
+    model: KeyedModel, memory: DatastoreMemory, test: list[Any], validation: list[Any], nprobe: int, decoding: Decoding
+) -> dict[str, Any]:
     """Translations without and with neighbors; k, λ and T by the likelihood of the validation split."""
-    candidates = likelihoods(search, reference_states(search.backbone, validation, 4096), Grid(nprobe=[nprobe]))
+    grid = Grid(nprobe=[nprobe], max_tokens=4096)
+    candidates, *_ = likelihoods(model, memory, MixtureConfig.of(), validation, grid)
     best = max(candidates, key=lambda candidate: candidate.log_likelihood)
     sources, references = [pair.src for pair in test], [pair.tgt for pair in test]
-    found: dict[str, Any] = {"settings": asdict(best.settings), "validation_log_likelihood": best.log_likelihood}
-    for name, translator in {
-        "base": Translator(search.backbone, decoding),
-        "knn": search.translator(best.settings, decoding),
-    }.items():
-        texts = translator.translate(sources).texts
+    found: dict[str, Any] = {"settings": best.mixture.plain, "validation_log_likelihood": best.log_likelihood}
+    mixtures: dict[str, Mixture | PlainModel] = {"base": PlainModel(), "knn": best.mixture.open(model, memory)}
+    for name, mixture in mixtures.items():
+        texts = Translator(model, mixture, decoding).translate(sources).texts
         scores = corpus_scores(texts, references)
         found[name] = {"bleu": scores.bleu.value, "chrf": scores.chrf.value, "texts": texts}
     return found
@@ -135,7 +140,7 @@ def score_store(variant: Variant, folder: Path, options: argparse.Namespace) -> 
     decoding = Decoding(beams=4, batch_size=64, max_new_tokens=options.max_new_tokens)
     with Datastore(folder / "store") as store:
         report = build_index(store, IndexConfig(options.factory))
-        scores = score(KnnSearch(backbone, store), test, validation, options.nprobe, decoding)
+        scores = score(backbone, DatastoreMemory(store, open_index(store)), test, validation, options.nprobe, decoding)
         unit = directions(torch.from_numpy(store.sample_keys(50_000)))
     return {"index": asdict(report), "mean_resultant_length": float(unit.mean(0).norm())} | scores
 

@@ -17,9 +17,9 @@ from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.faiss_index import FaissIndex
+from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.index.report import IndexReport
-from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever
 
 STATUS = Path("/proc/self/status")
 T = TypeVar("T")
@@ -91,8 +91,8 @@ def measured_search(
     common.set_threads(threads)
     with Datastore(folder) as store:
         idle = resident()["peak"]
-        retriever = DatastoreRetriever(store, open_index(store, name, mmap), k, nprobe, rescore)
-        retriever.retrieve(torch.from_numpy(queries))
+        memory = DatastoreMemory(store, open_index(store, name, mmap))
+        memory.search(torch.from_numpy(queries), k, nprobe, rescore)
         return Memory(idle, **resident())
 
 

@@ -13,6 +13,7 @@ import tempfile
 import time
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import common
@@ -73,9 +74,10 @@ def build_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict[s
     from lightning_knnmt.timing import peak_memory_mb
 
     datastore = DatastoreConfig(folder, CorpusFile(corpus), shard_entries=options.shard_entries)
-    backbone = load_model(options.model, device="cpu")
+    model = load_model(options.model, device="cpu")
     start = time.perf_counter()
-    build(backbone, datastore, IndexConfig(options.factory))
+    loaded: Any = SimpleNamespace(load=lambda: model)  # loading takes no part of the time
+    build(loaded, datastore, IndexConfig(options.factory))
     seconds = time.perf_counter() - start
     record, manifest = read_build(folder), Manifest.load(folder)
     stages = {"encode": record["encode"]["seconds"], **record["indexes"]["index"]["seconds"]}

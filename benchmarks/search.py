@@ -28,12 +28,12 @@ from memory import STATUS, OwnProcesses, codes_mb, measured_build, measured_sear
 from numpy.typing import NDArray
 from search_settings import (
     Setting,
-    SettingRetriever,
     index_name,
     recall,
     resolve,
     settings_of,
     total_variation,
+    unfiltered,
 )
 
 from lightning_knnmt.backbone.config import load_model
@@ -45,13 +45,16 @@ from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.comparison import run_systems
 from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, system_json, write_json
-from lightning_knnmt.evaluation.tuning import Grid, ReferenceStates, likelihoods, reference_states
+from lightning_knnmt.evaluation.tuning import Grid, likelihoods, reference_steps
 from lightning_knnmt.index.config import IndexConfig, Layout
-from lightning_knnmt.index.memory import KnnSearch, KnnSettings
+from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.combiners.fixed import FixedCombiner
+from lightning_knnmt.knn.mixture import Mixture, PlainModel
+from lightning_knnmt.knn.neighbors import Neighbors
 from lightning_knnmt.knn.probability import knn_log_weights
-from lightning_knnmt.knn.retrievers.whole_store import Neighbors
+from lightning_knnmt.knn.retrievers.whole_store import WholeStore
+from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.storage.layout import description_file, generation_name, index_file, part_file
 
 TIES = 4  # exact neighbors for each of k, so that any of those as near as the k-th counts as found
@@ -59,6 +62,21 @@ QUICK = {
     "synthetic": [4000, 16000], "key_size": 32, "factories": ["IVFauto,PQ16", "IVFauto,PQ16x4fs", "HNSW8"],
     "nprobe": [1, 4, 16], "ef_search": [16, 64], "batch": [1, 16], "queries": 128, "timed": 32, "repeats": 2,
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ReferenceStates:
+    """Teacher-forced states of references.
+
+    Attributes:
+        queries: Shape (R, D).
+        tokens: The references' tokens, shape (R,).
+        log_probs: The plain model's log-probability of each, shape (R,).
+    """
+
+    queries: torch.Tensor
+    tokens: torch.Tensor
+    log_probs: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -132,14 +150,22 @@ def ask(store: Datastore, model: Path | None, options: argparse.Namespace) -> Su
     else:
         backbone = load_model(str(model))
         store.check(backbone)
-        states = reference_states(backbone, pairs_of(options.test), 2048)
+        states = reference_states(backbone, pairs_of(options.test))
         rows = np.random.default_rng(options.seed).permutation(len(states.tokens))[: options.queries]
-        chosen = torch.from_numpy(rows).to(states.tokens.device)
-        states = ReferenceStates(
-            *(part[chosen].cpu() for part in (states.queries, states.tokens, states.log_probs))
-        )  # fmt: skip
+        chosen = torch.from_numpy(rows)
+        states = ReferenceStates(states.queries[chosen], states.tokens[chosen], states.log_probs[chosen])
         queries = states.queries.numpy()
     return Subject(store, backbone, queries, states, exact(store, queries, TIES * options.k, options.json))
+
+
+def reference_states(backbone: KeyedModel, pairs: Sequence[Pair]) -> ReferenceStates:
+    """The states of all references, on the CPU."""
+    parts = []
+    for reference in reference_steps(backbone, pairs, 2048):
+        step = reference.step
+        log_probs = (step.logits.gather(1, reference.tokens[:, None]) - step.log_normalizer).squeeze(1)
+        parts.append([part.cpu() for part in (step.queries, reference.tokens, log_probs)])
+    return ReferenceStates(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def choose(subject: Subject, finest: Setting, name: str, options: argparse.Namespace) -> KnnSettings:
@@ -151,9 +177,12 @@ def choose(subject: Subject, finest: Setting, name: str, options: argparse.Names
             grid = replace(grid, lambda_=[options.lambda_])
         if options.temperature is not None:
             grid = replace(grid, temperature=[options.temperature])
-        states = reference_states(subject.backbone, pairs_of(options.validation), grid.max_tokens)
-        candidates = likelihoods(KnnSearch(subject.backbone, subject.store, name), states, grid)
-        return max(candidates, key=lambda candidate: candidate.log_likelihood).settings
+        memory = DatastoreMemory(subject.store, open_index(subject.store, name))
+        pairs = pairs_of(options.validation)
+        candidates, *_ = likelihoods(subject.backbone, memory, MixtureConfig.of(), pairs, grid)
+        best = max(candidates, key=lambda candidate: candidate.log_likelihood).mixture.settings
+        assert best is not None
+        return best
     nearest = subject.exact.distances[:, 0]
     telling = nearest[nearest > 1e-5 * float(np.square(subject.queries).sum(1).mean())]  # not stored as they are
     median = float(telling.median()) if len(telling) else 1.0
@@ -162,8 +191,7 @@ def choose(subject: Subject, finest: Setting, name: str, options: argparse.Names
 
 def quality(subject: Subject, setting: Setting, knn: KnnSettings) -> dict[str, float | None]:
     """What a setting finds, against exact search."""
-    setting.apply()
-    distances, ids = (torch.from_numpy(array) for array in setting.index.search(subject.queries, knn.k))
+    distances, ids = (torch.from_numpy(array) for array in setting.find(subject.queries, knn.k))
     values = torch.from_numpy(subject.store.values)[ids.clamp(min=0)].long().masked_fill(ids < 0, 0)
     found = {
         "recall": recall(ids, subject.exact, knn.k),
@@ -212,10 +240,11 @@ def decode(
     longest = Decoding().max_new_tokens
     decoding = Decoding(options.beams, options.sentences, min(longest, subject.backbone.position_limit or longest))
     combiner = FixedCombiner(knn.lambda_, knn.temperature)
-    translators = {"base": Translator(subject.backbone, decoding)}
+    translators = {"base": Translator(subject.backbone, PlainModel(), decoding)}
     for setting in settings:
-        retriever = SettingRetriever(subject.store, setting, knn.k)
-        translators[setting.name] = Translator(subject.backbone, decoding, retriever, combiner)
+        memory = DatastoreMemory(subject.store, setting.index)
+        mixture = Mixture(subject.backbone, memory, WholeStore(knn.k, **setting.options), combiner)
+        translators[setting.name] = Translator(subject.backbone, mixture, decoding)
     return [system_json(result) for result in run_systems(translators, pairs_of(options.test), options.bleu).values()]
 
 
@@ -232,7 +261,7 @@ def measure(
         index = open_index(store, built["name"])
         settings.append(settings_of(asked, index, options))
         if options.memory:
-            built["codes_mb"] = codes_mb(index)
+            built["codes_mb"] = codes_mb(unfiltered(index))
             arguments = (store.folder, built["name"], subject.queries, options.k, max(options.nprobe))
             for way, rescore in (("search", 0), ("mapped", TIES * options.k)):
                 used = processes.run(measured_search, *arguments, rescore, way == "mapped", options.threads)

@@ -3,18 +3,22 @@
 import argparse
 import re
 from dataclasses import dataclass
+from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.index.config import choose_factory, choose_nlist
 from lightning_knnmt.index.faiss_index import FaissIndex
-from lightning_knnmt.knn.probability import knn_probs
-from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever, Neighbors
+from lightning_knnmt.index.filtered import FilteredIndex
+from lightning_knnmt.index.layers import find_graph
+from lightning_knnmt.index.search_index import Distances, Ids
+from lightning_knnmt.knn.neighbors import Neighbors
+from lightning_knnmt.knn.probability import knn_log_weights, knn_probs
+
+PARAMETERS = {"nprobe": "nprobe", "efSearch": "ef_search"}  # [FAISS's name -> ours]
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class Setting:
     """
 
     factory: str
-    index: FaissIndex
+    index: FaissIndex | FilteredIndex
     parameter: str | None = None
     value: int = 1
 
@@ -38,50 +42,39 @@ class Setting:
         """Index and parameter."""
         return self.factory if self.parameter is None else f"{self.factory}, {self.parameter} {self.value}"
 
-    def apply(self) -> None:
-        """Set the parameter; other settings may share the index."""
-        if self.parameter == "nprobe":
-            self.index.set_nprobe(self.value)
-        elif self.parameter is not None:
-            for part in self.index.parts:
-                faiss.ParameterSpace().set_index_parameter(part, self.parameter, self.value)
+    @property
+    def options(self) -> dict[str, Any]:
+        """The parameter as an option of `search`."""
+        return {} if self.parameter is None else {PARAMETERS[self.parameter]: self.value}
+
+    def find(self, queries: NDArray[np.float32], k: int) -> tuple[Distances, Ids]:
+        """Distances and entry numbers, shapes (R, K)."""
+        return self.index.search(queries, k, **self.options)
 
     def search(self, queries: NDArray[np.float32], k: int, batch: int) -> None:
         """Search for some queries at a time."""
-        self.apply()
         for start in range(0, len(queries), batch):
-            self.index.search(queries[start : start + batch], k)
+            self.find(queries[start : start + batch], k)
 
     def codes_scanned(self, queries: NDArray[np.float32]) -> float | None:
         """Entries that a query is compared with, on average; unknown of a graph."""
         if self.parameter == "nprobe":
-            return float(self.index.codes_scanned(queries, self.value).mean())
+            return float(unfiltered(self.index).codes_scanned(queries, self.value).mean())
         return None if self.parameter else float(len(self.index))
 
 
-class SettingRetriever(DatastoreRetriever):
-    """Searches as a setting says."""
-
-    def __init__(self, store: Datastore, setting: Setting, k: int) -> None:
-        super().__init__(store, setting.index, k, setting.value)
-        self._setting = setting
-
-    def retrieve(self, queries: Tensor) -> Neighbors:
-        """Neighbors of queries of shape (R, D)."""
-        self._setting.apply()
-        return super().retrieve(queries)
+def unfiltered(index: FaissIndex | FilteredIndex) -> FaissIndex:
+    """The index with the entries that were removed."""
+    return index.whole if isinstance(index, FilteredIndex) else index
 
 
-def settings_of(factory: str, index: FaissIndex, options: argparse.Namespace) -> list[Setting]:
+def settings_of(factory: str, index: FaissIndex | FilteredIndex, options: argparse.Namespace) -> list[Setting]:
     """All settings of an index, the least thorough first."""
     if index.nlist is not None:
         return [Setting(factory, index, "nprobe", n) for n in sorted({min(n, index.nlist) for n in options.nprobe})]
-    try:
-        for setting in (graph := [Setting(factory, index, "efSearch", ef) for ef in sorted(set(options.ef_search))]):
-            setting.apply()
-        return graph
-    except RuntimeError:  # FAISS: it is no graph
+    if find_graph(unfiltered(index).index) is None:
         return [Setting(factory, index)]
+    return [Setting(factory, index, "efSearch", ef) for ef in sorted(set(options.ef_search))]
 
 
 def resolve(factory: str, entries: int, key_size: int) -> str:
@@ -113,7 +106,7 @@ def total_variation(found: Neighbors, exact: Neighbors, temperature: float) -> f
     tokens, numbers = torch.cat([found.values, exact.values], 1).unique(return_inverse=True)  # few of the vocabulary
     parts = numbers.split([found.values.shape[1], exact.values.shape[1]], 1)
     p, q = (
-        knn_probs(neighbors.distances, part, temperature, len(tokens))
+        knn_probs(knn_log_weights(neighbors.distances, temperature), part, len(tokens))
         for neighbors, part in zip((found, exact), parts, strict=True)
     )
     return max(0.0, 1 - float(torch.minimum(p, q).sum(1).double().mean()))

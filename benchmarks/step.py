@@ -9,6 +9,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import common
@@ -20,11 +21,23 @@ from torch import Tensor
 
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.faiss_index import FaissIndex
+from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.combiners.fixed import FixedCombiner
-from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever, Neighbors
+from lightning_knnmt.knn.mixture import Mixture
+from lightning_knnmt.knn.neighbors import Neighbors
+from lightning_knnmt.knn.retrievers.whole_store import WholeStore
+from lightning_knnmt.knn.step import Step
 
 GOAL = 1.3
+
+
+class OfNoModel(DatastoreMemory):
+    """A memory whose keys no model has made."""
+
+    def check(self, model: object) -> None:
+        """Take any model."""
 
 
 def dense_reference(logits: Tensor, neighbors: Neighbors, lambda_: float, temperature: float) -> Tensor:
@@ -42,6 +55,12 @@ def one_hot_reference(logits: Tensor, neighbors: Neighbors, lambda_: float, temp
     return (lambda_ * knn + (1 - lambda_) * torch.softmax(logits, -1)).log()
 
 
+def open_index_of(memory: DatastoreMemory) -> faiss.Index:
+    """FAISS's own index, searched as the latest search has left it."""
+    assert isinstance(memory.index, FaissIndex)
+    return memory.index.index
+
+
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Medians of all parts, their ratio, and the settings."""
     rng, generator = np.random.default_rng(options.seed), torch.Generator().manual_seed(options.seed)
@@ -53,19 +72,24 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         torch.inference_mode(),
     ):
         build_index(store, IndexConfig(options.factory))
-        retriever = DatastoreRetriever(store, open_index(store), options.k, options.nprobe)
+        memory, retriever = OfNoModel(store, open_index(store)), WholeStore(options.k, options.nprobe)
+        model: Any = SimpleNamespace(device=torch.device("cpu"))
+        mixture = Mixture(model, memory, retriever, combiner)
         chosen = rng.choice(options.entries, options.queries, replace=False)
         queries = store.sample_keys(options.entries)[chosen]
         queries += rng.normal(size=queries.shape, scale=0.5).astype(np.float32)
         states = torch.from_numpy(queries)
-        neighbors = retriever.retrieve(states)
+        rows = torch.arange(options.queries)  # [row -> sentence]
+        neighbors = retriever(Step(states, logits, rows))
         given = logits.clone()  # the model makes new logits at every step, which mixing may overwrite
         mixing = (options.lambda_, options.temperature)
         work: dict[str, Callable[[], object]] = {
-            "search alone": lambda: retriever.index.index.search(queries, options.k),
-            "retrieve and mix": lambda: combiner(given, retriever.retrieve(states), in_place=True),
-            "mix": lambda: combiner(given, neighbors, in_place=True),
-            "dense reference: retrieve and mix": lambda: dense_reference(given, retriever.retrieve(states), *mixing),
+            "search alone": lambda: open_index_of(memory).search(queries, options.k),
+            "retrieve and mix": lambda: mixture(Step(states, given, rows, writable=True)),
+            "mix": lambda: combiner(Step(states, given, rows, writable=True), neighbors),
+            "dense reference: retrieve and mix": lambda: dense_reference(
+                given, retriever(Step(states, given, rows)), *mixing
+            ),
             "dense reference: mix": lambda: dense_reference(given, neighbors, *mixing),
         }
         times = common.interleaved(work, options.repeats, lambda: given.copy_(logits))
@@ -79,7 +103,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         times["one-hot reference: mix, 1/16 of the queries"] = common.interleaved(
             {"mix": lambda: one_hot_reference(logits[small], few, *mixing)}, min(3, options.repeats), lambda: None
         )["mix"]
-        mixed = combiner(logits, neighbors).log_softmax(-1)
+        mixed = combiner(Step(states, logits, rows), neighbors).log_softmax(-1)
         difference = float((mixed - dense_reference(logits, neighbors, *mixing)).abs().max())
     medians = {name: statistics.median(values) for name, values in times.items()}
     search = medians["search alone"]

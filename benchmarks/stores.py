@@ -10,9 +10,9 @@ from numpy.typing import NDArray
 
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore, Manifest, Provenance, ShardInfo
-from lightning_knnmt.datastore.manifest import FILE_NAME, shard_name
 from lightning_knnmt.datastore.shard import ShardWriter
 from lightning_knnmt.storage.files import file_sha256
+from lightning_knnmt.storage.layout import MANIFEST, shard_file
 
 CHUNK = 1 << 15
 
@@ -86,7 +86,7 @@ def synthetic_store(folder: Path, clumps: Clumps, entries: int, shard_entries: i
     shard_entries = shard_entries or min(1 << 20, -(-entries // 4))
     sha256 = hashlib.sha256(clumps.description.encode()).hexdigest()
     provenance = Provenance(clumps.description, sha256, sha256, "decoder_output", clumps.key_size, None, None)
-    if (folder / FILE_NAME).exists():
+    if (folder / MANIFEST).exists():
         manifest = Manifest.load(folder)
         if (manifest.provenance, manifest.entries, manifest.shard_entries) == (provenance, entries, shard_entries):
             return Datastore(folder)
@@ -96,7 +96,7 @@ def synthetic_store(folder: Path, clumps: Clumps, entries: int, shard_entries: i
     for number, first in enumerate(range(0, entries, shard_entries)):
         stop = min(entries, first + shard_entries)
         starts = range(first, stop, CHUNK)
-        path = folder / shard_name(number)
+        path = folder / shard_file(number)
         with ShardWriter(path, stop - first, len(starts), clumps.key_size) as writer:
             for start in starts:
                 keys, values = clumps.draw(min(CHUNK, stop - start), start)

@@ -15,6 +15,7 @@ import common
 import torch
 
 from lightning_knnmt.backbone.batch import Batch
+from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.dispersion import Dispersion, SlicedDispersion
 from lightning_knnmt.evaluation.report import table
 from lightning_knnmt.training import Schedule, TranslationModule
@@ -25,7 +26,7 @@ FULL = "whole model"
 
 def stepper(model: str, trainable: Trainable, dispersion: Dispersion | None, batch: Batch) -> Callable[[], None]:
     """A function that makes one optimizer step."""
-    module = TranslationModule(model, Schedule(1e-4, 1), trainable=trainable, dispersion=dispersion)
+    module = TranslationModule(BackboneConfig(model), Schedule(1e-4, 1), trainable=trainable, dispersion=dispersion)
     optimizer = module.configure_optimizers()["optimizer"]
     assert batch.labels is not None
 
@@ -52,7 +53,7 @@ def random_batch(module: TranslationModule, sentences: int, length: int, seed: i
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Median milliseconds of a step, and ratios to that of the whole model."""
     model = str(options.model)
-    module = TranslationModule(model, Schedule(1e-4, 1))
+    module = TranslationModule(BackboneConfig(model), Schedule(1e-4, 1))
     batch = random_batch(module, options.sentences, options.length, options.seed)
 
     @torch.inference_mode()

@@ -1,9 +1,10 @@
 """k-nearest-neighbor machine translation on PyTorch Lightning, made fast by angular dispersion.
 
->>> from lightning_knnmt import KnnSettings, Translator, build_memory, load_model
+>>> from lightning_knnmt import Decoding, KnnSettings, Translator, build_memory, load_model
 >>> model = load_model(tiny_model)  # a hub name or a folder; tiny_model is one of the tests
 >>> memory = build_memory(model, ["Öffnen", "Das Passwort ist falsch."], ["Open", "The password is wrong."])
->>> translator = Translator(model, KnnSettings(k=1, lambda_=0.9).open(model, memory))
+>>> mixture = KnnSettings(k=1, lambda_=0.9).open(model, memory)
+>>> translator = Translator(model, mixture, Decoding(max_new_tokens=24))
 >>> translator.translate(["Das Passwort ist falsch."]).texts
 ['The password is wrong.']
 """

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,13 +126,7 @@ class Translator:
             batch: B sentences.
             spans: Receives the time of `search` and `mix`, counted in rows.
         """
-        self.mixture.begin(batch)
-
-        def mix(queries: Tensor, logits: Tensor) -> Tensor:
-            sentence = sentences_of_rows(len(queries), len(batch), queries.device)
-            return self.mixture(Step(queries, logits, sentence, writable=True), spans)
-
-        with nullcontext() if self.mixture.changes_nothing else self.model.mixing(mix):
+        with mixing(self.model, self.mixture, batch, spans):
             return self.model.generate(
                 batch,
                 num_beams=self.decoding.beams,
@@ -143,3 +137,23 @@ class Translator:
     def _count(self, sequences: Tensor) -> int:
         special = set(self.model.tokenizer.all_special_ids)
         return sum(token not in special for row in sequences.tolist() for token in row)
+
+
+def mixing(
+    model: KeyedModel, mixture: Mixture | PlainModel, batch: Batch, spans: Spans | None = None
+) -> AbstractContextManager[None]:
+    """Let a mixture change what a model predicts for a batch, in every forward pass within the block.
+
+    Args:
+        model: The model.
+        mixture: What is mixed into its prediction.
+        batch: The B sentences that are decoded.
+        spans: Receives the time of `gate`, `search` and `mix`, counted in rows.
+    """
+    mixture.begin(batch)
+
+    def mix(queries: Tensor, logits: Tensor) -> Tensor:
+        sentence = sentences_of_rows(len(queries), len(batch), queries.device)
+        return mixture(Step(queries, logits, sentence, writable=True), spans)
+
+    return nullcontext() if mixture.changes_nothing else model.mixing(mix)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.checks import check_texts
 from lightning_knnmt.decoding import Decoding, Translations, Translator
 from lightning_knnmt.index.distributed import DistributedIndex
 from lightning_knnmt.index.memory import DatastoreMemory
@@ -35,6 +36,7 @@ class SharedTranslator(Translator):
 
     def translate(self, sources: Sequence[str]) -> Translations:
         """Translate texts, batched by length within each process's share."""
+        check_texts(sources=sources)
         if self.ranks.size == 1:
             return super().translate(sources)
         own = super().translate(list(sources)[self.ranks.rank :: self.ranks.size])

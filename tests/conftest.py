@@ -14,20 +14,6 @@ if TYPE_CHECKING:
     from script_runs import Domain
 
 
-@pytest.fixture(scope="session")
-def tiny_folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Gives the folder of a tiny model by its name in TINY_FAMILIES, making it at the first call."""
-    root = tmp_path_factory.mktemp("tiny")
-
-    def folder_of(name: str) -> Path:
-        folder = root / name
-        if not folder.exists():
-            TINY_FAMILIES[name].make(folder)
-        return folder
-
-    return folder_of
-
-
 @pytest.fixture(scope="session", params=list(TINY_FAMILIES))
 def tiny_name(request: pytest.FixtureRequest) -> str:
     """The name of every tiny model in turn."""

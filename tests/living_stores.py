@@ -8,9 +8,9 @@ import numpy as np
 from tiny_stores import build_store, corpus_pairs, write_corpus
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.building.append import append_pairs
 from lightning_knnmt.building.datastore import DatastoreConfig
 from lightning_knnmt.building.index import build_index
-from lightning_knnmt.building.updating import append_pairs
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.shard import TEXTS
@@ -58,7 +58,6 @@ def queries(store: Datastore) -> np.ndarray:
 def found(store: Datastore, name: str, asked: np.ndarray, k: int = K) -> list[dict[tuple[Pair, int], float]]:
     """(pair, position) -> distance of the neighbors of each query, all lists searched."""
     index = open_index(store, name)
-    index.set_nprobe(1000)
     places = []
     for shard in store.shards:
         texts = zip(*(shard.file[text].asstr()[:] for text in TEXTS), strict=True)
@@ -66,7 +65,7 @@ def found(store: Datastore, name: str, asked: np.ndarray, k: int = K) -> list[di
             places += [(Pair(*each), position) for position in range(entries)]
     return [
         {places[entry]: float(distance) for distance, entry in zip(near, ids, strict=True) if entry >= 0}
-        for near, ids in zip(*index.search(asked, k), strict=True)
+        for near, ids in zip(*index.search(asked, k, nprobe=1000), strict=True)
     ]
 
 

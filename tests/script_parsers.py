@@ -17,10 +17,10 @@ SCRIPTS = tuple(sorted(path.name for path in ROOT.glob("*.py")))
 
 
 @cache
-def parser_of(script: str, command: str | None = None) -> ArgumentParser:
-    """The parser that a script at the top of the repository makes, for one of its commands, seized before it parses."""
+def parser_of(script: str) -> ArgumentParser:
+    """The parser that a script at the top of the repository makes, seized before it parses."""
     path = str(ROOT / script)
-    with patch.object(sys, "argv", [path] if command is None else [path, command]):
+    with patch.object(sys, "argv", [path]):
         parser = capture_parser(runpy.run_path, path, run_name="__main__")
     parser.exit_on_error = False
     return parser
@@ -33,12 +33,11 @@ def parse(script: str, args: list[str]) -> Namespace:
         ArgumentError: The script does not take them.
     """
     messages = io.StringIO()
-    command = None
-    if script == "build_index.py" and args and not args[0].startswith("-"):  # each command has a parser of its own
-        command, *args = args
-        args = spell_out(command, args)
+    if script == "build_index.py":
+        args = spell_out(args)
     try:
         with redirect_stderr(messages):
-            return parser_of(script, command).parse_args(args)
+            found = parser_of(script).parse_args(args)
+            return found[found.subcommand] if "subcommand" in found else found
     except SystemExit as error:  # the parser of a subcommand
         raise ArgumentError(None, messages.getvalue().split("error: ")[-1]) from error

@@ -7,10 +7,11 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from scratch_model import ModelShape, init_model
 from torch import Tensor
 
 from lightning_knnmt.backbone.batch import Batch
-from lightning_knnmt.backbone.scratch import ModelShape, init_model
+from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.data.batching import TokenBudgetSampler, divisible_batches, token_budget_batches
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.splits import write_splits
@@ -190,7 +191,7 @@ def rows(batches: list[Batch]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 def test_the_trainer_sees_every_pair_once_an_epoch_in_a_new_order(
     tmp_path: Path, model: str, data: TranslationDataModule
 ) -> None:
-    module = Recorder(model, Schedule(lr=1e-3, warmup_steps=1))
+    module = Recorder(BackboneConfig(model), Schedule(lr=1e-3, warmup_steps=1))
     trainer(tmp_path, max_epochs=2).fit(module, data)
     tokenizer = module.backbone.tokenizer
     expected = [(tuple(tokenizer(pair.src)["input_ids"]), tuple(tokenizer(pair.tgt)["input_ids"])) for pair in PAIRS]
@@ -206,14 +207,14 @@ def test_the_trainer_sees_every_pair_once_an_epoch_in_a_new_order(
 
 def test_validation_alone_needs_no_training_file(tmp_path: Path, model: str, data: TranslationDataModule) -> None:
     data.files["train"].unlink()
-    module = Recorder(model, Schedule(lr=1e-3, warmup_steps=1))
+    module = Recorder(BackboneConfig(model), Schedule(lr=1e-3, warmup_steps=1))
     trainer(tmp_path).validate(module, data, verbose=False)
     assert len(rows(module.validated)) == 4
 
 
 def test_an_empty_split_is_named(tmp_path: Path, model: str, data: TranslationDataModule) -> None:
     data.files["validation"].write_text("")
-    module = Recorder(model, Schedule(lr=1e-3, warmup_steps=1))
+    module = Recorder(BackboneConfig(model), Schedule(lr=1e-3, warmup_steps=1))
     with pytest.raises(
         ValueError, match=r"validation is .*validation\.jsonl, which is empty; expected one pair or more"
     ):

@@ -1,5 +1,6 @@
 """Callbacks: index health is that of the held-out keys, in time for checkpoints, and drawn for every logger."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import AutoModelForSeq2SeqLM
 
 import lightning_knnmt.training.index_health as index_health
 from lightning_knnmt.backbone.batch import Batch
+from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.splits import write_splits
 from lightning_knnmt.training import ExportBackbone, IndexHealth, Schedule, TranslationModule
@@ -38,7 +40,8 @@ def data(tmp_path: Path) -> TranslationDataModule:
 
 @pytest.fixture
 def module(marian_folder: Path) -> TranslationModule:
-    return TranslationModule(str(marian_folder), Schedule(lr=1e-2, warmup_steps=1), trainable="last_block")
+    config = BackboneConfig(str(marian_folder))
+    return TranslationModule(config, Schedule(lr=1e-2, warmup_steps=1), trainable="last_block")
 
 
 def trainer(folder: Path, callbacks: list[L.Callback], logger: Any = False, **options: Any) -> L.Trainer:
@@ -67,47 +70,81 @@ def held_out(backbone: KeyedModel) -> tuple[NDArray[np.float32], NDArray[np.int6
     return torch.cat(keys).numpy(), torch.cat(tokens).numpy()
 
 
-def by_sign(keys: NDArray[np.float32], nlist: int, seed: int) -> NDArray[np.int64]:
-    """Lists that do not depend on the order of the keys."""
-    return (keys[:, 0] > 0).astype(np.int64) + 2 * (keys[:, 1] > 0.5)
+@pytest.fixture
+def indexed(monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.float32]]:
+    """The keys of every index that IndexHealth makes; their lists do not depend on the order of the keys."""
+    seen: list[NDArray[np.float32]] = []
+
+    def fixed(keys: NDArray[np.float32], nlist: int, **_: Any) -> NDArray[np.float32]:
+        seen.append(keys)
+        return np.random.default_rng(1).normal(size=(nlist, keys.shape[1])).astype(np.float32)
+
+    monkeypatch.setattr(index_health, "split_centroids", fixed)
+    return seen
+
+
+def rows_of(part: NDArray[np.float32], keys: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Which of the keys each is, alone or in a batch."""
+    squares = ((part[:, None] - keys[None]) ** 2).sum(-1)
+    assert squares.min(axis=1).max() < 1e-6, "each is a held-out key"
+    return squares.argmin(axis=1)
 
 
 def test_index_health_is_that_of_an_index_over_the_held_out_keys(
-    module: TranslationModule, data: TranslationDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: TranslationModule, data: TranslationDataModule, tmp_path: Path, indexed: list[NDArray[np.float32]]
 ) -> None:
-    monkeypatch.setattr(index_health, "assign_to_lists", by_sign)
-    run = trainer(tmp_path, [IndexHealth(NLIST, nprobe=2)])
+    run = trainer(tmp_path, [IndexHealth(NLIST, nprobe=2, queries=20)])
     (values,) = run.validate(module, data, verbose=False)
-    keys, tokens = held_out(module.backbone)
-    lists = by_sign(keys, NLIST, 1)
-    inverted = faiss.ArrayInvertedLists(NLIST, 8)
-    for number in range(NLIST):
-        size = int((lists == number).sum())
-        ids, codes = np.arange(max(size, 1)), np.zeros(max(size, 1) * 8, np.uint8)
-        inverted.add_entries(number, size, faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+    every, every_token = held_out(module.backbone)
+    keys, tokens = indexed[0], every_token[rows_of(indexed[0], every)]
+    assert len(every) - len(keys) == 20
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(keys.shape[1]), keys.shape[1], NLIST)
+    index.quantizer.add(np.random.default_rng(1).normal(size=(NLIST, keys.shape[1])).astype(np.float32))
+    index.is_trained = True
+    index.add(keys)
+    lists = index.quantizer.search(keys, 1)[1][:, 0]
     unit = keys / np.linalg.norm(keys, axis=1, keepdims=True)
     length = np.linalg.norm(unit.mean(axis=0))
-    assert values["val/imbalance_factor"] == pytest.approx(inverted.imbalance_factor())
+    assert values["val/imbalance_factor"] == pytest.approx(index.invlists.imbalance_factor()) != 1
     assert values["val/homogeneity"] == pytest.approx(homogeneity_score(tokens, lists))
     assert values["val/mean_resultant_length"] == pytest.approx(length, rel=1e-4)
     assert values["val/spherical_variance"] == pytest.approx(1 - length, rel=1e-4)
-    own_list = np.bincount(lists, minlength=NLIST)[lists]  # [key -> keys of its list]
-    assert values["val/codes_scanned"] == pytest.approx(2 * own_list.mean())
+
+
+def test_scanned_codes_are_those_that_faiss_scans_for_keys_that_are_not_in_the_index(
+    module: TranslationModule, data: TranslationDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[Any, ...]] = []
+    measure = index_health.index_health
+    monkeypatch.setattr(index_health, "index_health", lambda *given: (calls.append(given), measure(*given))[1])
+    run = trainer(tmp_path, [IndexHealth(NLIST, nprobe=2, queries=20)])
+    (values,) = run.validate(module, data, verbose=False)
+    keys, _, queries, centroids, _ = (part.numpy() if isinstance(part, torch.Tensor) else part for part in calls[0])
+    every, _ = held_out(module.backbone)
+    assert len(queries) == 20
+    both = np.concatenate([keys, queries])
+    np.testing.assert_allclose(np.sort(both, axis=0), np.sort(every, axis=0), atol=1e-4, err_msg="each key once")
+    index = faiss.IndexIVFFlat(faiss.IndexFlatL2(keys.shape[1]), keys.shape[1], NLIST)
+    index.quantizer.add(centroids)
+    index.is_trained = True
+    index.add(keys)
+    index.nprobe = 2
+    faiss.cvar.indexIVF_stats.reset()
+    index.search(queries, 1)
+    assert values["val/codes_scanned"] == pytest.approx(faiss.cvar.indexIVF_stats.ndis / 20)
+    formula = 2 * len(keys) * values["val/imbalance_factor"] / NLIST
+    assert values["val/codes_scanned"] != pytest.approx(formula, rel=1e-3), "measured, not derived"
 
 
 def test_a_sample_of_held_out_keys_is_uniform_over_sentence_lengths(
-    module: TranslationModule, data: TranslationDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: TranslationModule, data: TranslationDataModule, tmp_path: Path, indexed: list[NDArray[np.float32]]
 ) -> None:
-    seen: list[NDArray[np.float32]] = []
-    monkeypatch.setattr(index_health, "assign_to_lists", lambda keys, *_: (seen.append(keys), by_sign(keys, 4, 1))[1])
     for _ in range(2):
-        trainer(tmp_path, [IndexHealth(max_keys=100)]).validate(module, data, verbose=False)
+        trainer(tmp_path, [IndexHealth(max_keys=100, queries=10)]).validate(module, data, verbose=False)
     keys, _ = held_out(module.backbone)
-    assert len(seen[0]) == 100 < len(keys)
-    assert np.array_equal(seen[0], seen[1])
-    nearest = ((seen[0][:, None] - keys[None]) ** 2).sum(-1)
-    assert nearest.min(axis=1).max() < 1e-6, "each is a held-out key"
-    assert abs(nearest.argmin(axis=1).mean() - len(keys) / 2) < 0.15 * len(keys)
+    assert len(indexed[0]) == 100 < len(keys)
+    assert np.array_equal(indexed[0], indexed[1])
+    assert abs(rows_of(indexed[0], keys).mean() - len(keys) / 2) < 0.15 * len(keys)
 
 
 def test_checkpoints_early_stops_and_exports_see_the_health_of_their_own_epoch(
@@ -193,19 +230,28 @@ def test_every_logger_gets_the_picture_of_list_sizes(
 
 
 def test_the_histogram_counts_every_list() -> None:
-    sizes = torch.from_numpy(np.random.default_rng(3).geometric(0.02, 64))
-    (axes,) = list_size_histogram(sizes, 7).axes
-    assert sum(bar.get_height() for bar in axes.patches) == 64
-    assert f"imbalance factor {64 * float((sizes**2).sum()) / float(sizes.sum()) ** 2:.2f}" in axes.get_title()
+    for sizes in (np.random.default_rng(3).geometric(0.02, 64), np.array([0, 1, 4000, 2, 0]), np.array([7, 7, 7])):
+        (axes,) = list_size_histogram(torch.from_numpy(sizes), 7).axes
+        assert sum(bar.get_height() for bar in axes.patches) == (sizes > 0).sum()
+        assert f"imbalance factor {len(sizes) * (sizes**2).sum() / sizes.sum() ** 2:.2f}" in axes.get_title()
+        labels = [text.get_text() for text in axes.get_legend().get_texts()]
+        assert f"{len(sizes)} lists, {(sizes == 0).sum()} of them empty" in labels
+
+
+def test_the_axes_of_the_histogram_have_plain_numbers() -> None:
+    figure = list_size_histogram(torch.tensor([3, 0, 40, 4000, 17]), 7)
+    figure.canvas.draw()
+    (axes,) = figure.axes
+    shown = [text.get_text() for axis in (axes.xaxis, axes.yaxis) for text in axis.get_ticklabels() if text.get_text()]
+    assert len(shown) > 6 and all(re.fullmatch(r"[\d,]+", text) for text in shown), shown
+    assert all(bar.get_height() > 0.02 * axes.get_ylim()[1] for bar in axes.patches if bar.get_height())
 
 
 def test_nothing_is_measured_in_the_sanity_check(
-    module: TranslationModule, data: TranslationDataModule, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    module: TranslationModule, data: TranslationDataModule, tmp_path: Path, indexed: list[NDArray[np.float32]]
 ) -> None:
-    calls: list[int] = []
-    monkeypatch.setattr(index_health, "assign_to_lists", lambda keys, *_: (calls.append(1), by_sign(keys, 4, 1))[1])
     trainer(tmp_path, [IndexHealth(NLIST)], max_steps=2, limit_val_batches=1, num_sanity_val_steps=1).fit(module, data)
-    assert calls == []
+    assert indexed == []
 
 
 @pytest.mark.parametrize(
@@ -214,6 +260,7 @@ def test_nothing_is_measured_in_the_sanity_check(
         ({"nlist": 0}, "nlist is 0, expected 1 or more"),
         ({"max_keys": 0}, "max_keys is 0, expected 1 or more"),
         ({"nprobe": -1}, "nprobe is -1, expected 1 or more"),
+        ({"queries": 0}, "queries is 0, expected 1 or more"),
         ({"nlist": 64, "max_keys": 50}, "nlist is 64, expected at most max_keys=50"),
     ],
 )
@@ -229,6 +276,6 @@ def test_modules_that_do_not_give_their_keys_are_told_so(
         def validation_step(self, batch: Batch, batch_idx: int) -> None:  # type: ignore[override]
             super().validation_step(batch, batch_idx)
 
-    module = Silent(str(marian_folder), Schedule(lr=1e-2, warmup_steps=1))
+    module = Silent(BackboneConfig(str(marian_folder)), Schedule(lr=1e-2, warmup_steps=1))
     with pytest.raises(ValueError, match="IndexHealth needs the keys that the validation_step of TranslationModule"):
         trainer(tmp_path, [IndexHealth(NLIST)]).validate(module, data, verbose=False)

@@ -23,7 +23,9 @@ from lightning_knnmt.evaluation.plots import plot_list_sizes
 from lightning_knnmt.evaluation.report import environment, markdown_table, system_json, table, write_json
 from lightning_knnmt.evaluation.scores import Score, paired_bootstrap
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import KnnSearch, KnnSettings
+from lightning_knnmt.index.memory import DatastoreMemory
+from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.knn.settings import KnnSettings
 from lightning_knnmt.timing import Spans
 
 PAIRS = corpus_pairs(8, seed=5)
@@ -35,10 +37,10 @@ def marian(marian_folder: Path) -> KeyedModel:
 
 
 @pytest.fixture(scope="module")
-def search(marian: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[KnnSearch]:
+def memory(marian: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DatastoreMemory]:
     with build_store(marian, tmp_path_factory.mktemp("comparison") / "store", corpus_pairs(20)) as store:
         build_index(store, IndexConfig("Flat"))
-        yield KnnSearch(marian, store)
+        yield DatastoreMemory(store, open_index(store))
 
 
 class Scripted:
@@ -77,25 +79,26 @@ def test_speed_is_the_median_of_the_repeats_after_a_warm_up_and_systems_take_tur
     assert speed.batch_size == 5
 
 
-def test_the_share_of_search_is_measured_around_the_index_search(marian: KeyedModel, search: KnnSearch):
+def test_the_share_of_search_is_measured_around_the_index_search(marian: KeyedModel, memory: DatastoreMemory):
     settings, decoding = KnnSettings(4, 0.5, 5.0, 1), Decoding(2, 4, 10)
-    translators = {"base": Translator(marian, decoding), "knn": search.translator(settings, decoding)}
+    mixture = settings.open(marian, memory)
+    translators = {"base": Translator(marian, decoding=decoding), "knn": Translator(marian, mixture, decoding)}
     results = run_systems(translators, PAIRS, repeats=1)
     assert results["base"].speed.search_share == 0
     assert 0 < results["knn"].speed.search_share < 1
-    assert results["base"].texts == Translator(marian, decoding).translate([pair.src for pair in PAIRS]).texts
+    assert results["base"].texts == Translator(marian, decoding=decoding).translate([pair.src for pair in PAIRS]).texts
     assert results["base"].texts != results["knn"].texts
 
 
 def test_scores_are_those_of_the_translations_against_the_references(marian: KeyedModel):
-    result = run_systems({"base": Translator(marian, Decoding(1, 4, 10))}, PAIRS, repeats=1)["base"]
+    result = run_systems({"base": Translator(marian, decoding=Decoding(1, 4, 10))}, PAIRS, repeats=1)["base"]
     references = [[pair.tgt for pair in PAIRS]]
     assert result.scores.bleu.value == sacrebleu.corpus_bleu(result.texts, references).score
     assert result.scores.chrf.value == sacrebleu.corpus_chrf(result.texts, references).score
 
 
 def test_sampling_starts_from_the_seed_in_every_repeat(marian: KeyedModel):
-    translator = Translator(marian, Decoding(1, 4, 10, {"do_sample": True, "top_k": 0}))
+    translator = Translator(marian, decoding=Decoding(1, 4, 10, {"do_sample": True, "top_k": 0}))
     once, again, other = (run_systems({"base": translator}, PAIRS, repeats=1, seed=seed)["base"] for seed in (1, 1, 2))
     assert once.repeatable
     assert once.texts == again.texts != other.texts
@@ -116,7 +119,7 @@ def test_repeats_that_differ_are_reported_and_even_the_warm_up_counts(caplog: py
 
 
 def test_nothing_to_compare_is_refused(marian: KeyedModel):
-    translators = {"base": Translator(marian, Decoding(max_new_tokens=16))}
+    translators = {"base": Translator(marian, decoding=Decoding(max_new_tokens=16))}
     with pytest.raises(ValueError, match="the test split is empty, expected one pair or more"):
         run_systems(translators, [])
     with pytest.raises(ValueError, match="repeats is 0, expected 1 or more"):

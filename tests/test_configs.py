@@ -7,8 +7,17 @@ import yaml
 from jsonargparse import ArgumentError
 from script_parsers import ROOT, SCRIPTS, parse
 
+SHARED = {
+    ROOT / "configs" / "training.yaml": ROOT / "configs" / "base.yaml"
+}  # [defaults of a script -> a config of it]
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))  # of W&B, which calls a script
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path not in SWEEPS]
+
+
+def _with_its_base(config: Path) -> list[str]:
+    """The options that name a configuration; what is shared by others does not stand alone."""
+    files = [config, SHARED[config]] if config in SHARED else [config]
+    return [word for file in files for word in ("--config", str(file))]
 
 
 def _subcommand(script: str) -> list[str]:
@@ -20,7 +29,7 @@ def _takers(config: Path) -> dict[str, str]:
     answers = {}
     for script in SCRIPTS:
         try:
-            parse(script, [*_subcommand(script), "--config", str(config)])
+            parse(script, [*_subcommand(script), *_with_its_base(config)])
             answers[script] = ""
         except ArgumentError as error:
             answers[script] = str(error)

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from lightning_knnmt.datastore import Manifest
-from lightning_knnmt.datastore.manifest import BUILDING
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.layout import BUILDING
 from lightning_knnmt.storage.lock import only_writer
 
 resource = pytest.importorskip("resource")
@@ -144,7 +144,7 @@ def test_training_that_was_finished_is_not_repeated(
         pass
     process.kill()
     process.join()
-    monkeypatch.setattr(crash.index_builder, "_train", None)  # training again would fail
+    monkeypatch.setattr(crash.index_builder, "train", None)  # training again would fail
     with crash.Datastore(folder) as store:
         report = crash.build_index(store, crash.INDEX)
     assert set(report.seconds) == {"sample", "train", "add", "merge", "write"}

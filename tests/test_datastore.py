@@ -35,7 +35,8 @@ def test_shards_hold_what_one_whole_file_holds(backbone: KeyedModel, tmp_path: P
 def test_entries_of_a_shard_are_sorted_by_length_the_longest_first(backbone: KeyedModel, tmp_path: Path) -> None:
     with build_store(backbone, tmp_path / "store", PAIRS) as store:
         numbers = [store.context(entry).number for entry in range(len(store))]
-    sides = list(zip(*backbone.tokenize([p.src for p in PAIRS], [p.tgt for p in PAIRS]), strict=True))
+    ids = backbone.tokenize([p.src for p in PAIRS], [p.tgt for p in PAIRS])
+    sides = list(zip(ids.src, ids.tgt, strict=True))
     lengths = [max(map(len, sides[number])) for number in numbers]
     batches = token_budget_batches([max(map(len, side)) for side in sides], 128)
     longest = [max(len(side) for row in batch for side in sides[row]) for batch in reversed(batches)]

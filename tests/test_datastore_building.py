@@ -1,6 +1,8 @@
 """What is written is what the model computes, once and whole; reading changes nothing."""
 
 import errno
+import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,7 @@ from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.storage import lock
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.files import write_json
 
 PAIRS = corpus_pairs(23)
 
@@ -110,6 +113,69 @@ def test_a_folder_that_cannot_be_written_to_is_an_error_unless_nothing_is_to_be_
         build_datastore(backbone, replace(config, folder=config.folder.with_name("file")))
 
 
+@pytest.mark.parametrize("kind", ["link", "hard link", "dangling link", "pipe", "folder"])
+def test_what_is_called_as_the_lock_and_is_no_plain_file_is_refused_and_left_as_it_is(
+    tmp_path: Path, kind: str
+) -> None:
+    folder, other = tmp_path / "store", tmp_path / "precious"
+    folder.mkdir()
+    path = folder / "writer.lock"
+    if kind != "dangling link":
+        other.write_text("content")
+    make = {
+        "link": lambda: path.symlink_to(other), "dangling link": lambda: path.symlink_to(other),
+        "hard link": lambda: path.hardlink_to(other), "pipe": lambda: os.mkfifo(path), "folder": path.mkdir,
+    }[kind]  # fmt: skip
+    make()
+    with (
+        pytest.raises(DatastoreError, match=r"is a link or no plain file|cannot be written to"),
+        lock.only_writer(folder),
+    ):
+        pass
+    assert other.read_text() == "content" if kind != "dangling link" else not other.exists()
+
+
+@pytest.mark.parametrize("kind", ["link", "hard link"])
+def test_a_link_in_the_place_of_a_file_that_is_being_written_is_not_followed(tmp_path: Path, kind: str) -> None:
+    other, partial = tmp_path / "precious", tmp_path / "build.json.partial"
+    other.write_text("content")
+    partial.symlink_to(other) if kind == "link" else partial.hardlink_to(other)
+    write_json(tmp_path / "build.json", {"share": float("nan"), "path": tmp_path, "list": (1, 2)})
+    assert other.read_text() == "content"
+    found = json.loads((tmp_path / "build.json").read_text())
+    assert found == {"share": None, "path": str(tmp_path), "list": [1, 2]}
+    assert not partial.exists() and not partial.is_symlink()
+
+
+def test_the_corpus_is_read_once_unless_it_is_to_replace_another(
+    backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    read, tokenized = [], []
+    read_pairs, tokenize = builder.read_pairs, backbone.tokenize
+
+    def counted(corpus: CorpusFile, report: ReadReport | None = None) -> Iterator[Pair]:
+        for pair in read_pairs(corpus, report):
+            read.append(pair)
+            yield pair
+
+    monkeypatch.setattr(builder, "read_pairs", counted)
+    monkeypatch.setattr(backbone, "tokenize", lambda src, tgt=None: tokenized.extend(src) or tokenize(src, tgt))
+    build_datastore(backbone, config)
+    assert read == PAIRS and tokenized == [pair.src for pair in PAIRS]
+    read.clear()
+    other = write_corpus(tmp_path / "other.jsonl", PAIRS[:5])
+    build_datastore(backbone, replace(config, corpus=other, overwrite=True))
+    assert read == PAIRS[:5] * 2
+
+
+def test_texts_that_are_cut_are_counted_by_the_build(backbone: KeyedModel, config: DatastoreConfig) -> None:
+    assert build_datastore(backbone, config).cut == 0
+    long = " ".join(["Datei"] * 500)
+    corpus = write_corpus(config.corpus.path, [*PAIRS, Pair(long, "file"), Pair(long, long)])
+    built = build_datastore(backbone, replace(config, corpus=corpus, overwrite=True))
+    assert (built.cut, built.manifest.pairs) == (3, len(PAIRS) + 2)
+
+
 def test_a_disk_that_knows_no_locks_is_an_error(
     backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +219,7 @@ def test_keys_beyond_fp16_are_refused_and_the_pair_is_named(
     backbone: KeyedModel, config: DatastoreConfig, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     keys = backbone.keys
-    wanted = backbone.tokenize([PAIRS[11].src])[0][0]
+    wanted = backbone.tokenize([PAIRS[11].src]).src[0]
 
     def overflowing(batch: Batch) -> torch.Tensor:
         found = keys(batch).clone()

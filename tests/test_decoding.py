@@ -10,7 +10,6 @@ import pytest
 import torch
 from tiny_models import ENGLISH, GERMAN, TinyFamily
 from tiny_stores import build_store, corpus_pairs
-from torch import Tensor
 from transformers import AutoModelForSeq2SeqLM
 
 from lightning_knnmt.backbone.batch import IGNORED, Batch
@@ -18,12 +17,19 @@ from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.decoding import Decoding, Translator, knn_decoding
+from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.decoding import mixing as mixing_in
 from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.combiners.fixed import FixedCombiner
-from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever, Neighbors
-from lightning_knnmt.timing import Spans
+from lightning_knnmt.knn.memory import Memory, RamMemory
+from lightning_knnmt.knn.mixture import Mixture
+from lightning_knnmt.knn.neighbors import Neighbors
+from lightning_knnmt.knn.retrievers.retriever import Retriever
+from lightning_knnmt.knn.retrievers.whole_store import WholeStore
+from lightning_knnmt.knn.settings import KnnSettings
+from lightning_knnmt.knn.step import Step
 
 STRATEGIES = {
     "greedy": {"num_beams": 1},
@@ -32,9 +38,10 @@ STRATEGIES = {
 }
 SOURCES = [GERMAN[0], GERMAN[4], GERMAN[6], GERMAN[1] + " " + GERMAN[4]]
 FolderOf = Callable[[str], Path]
+NOTHING = RamMemory(torch.empty(0, 24), torch.empty(0, dtype=torch.long), [], [])
 
 
-class Proposals:
+class Proposals(Retriever):
     """Proposes the same tokens, each at its own distance, to chosen sentences at every step."""
 
     def __init__(self, tokens: list[int], sentences: set[int] | None = None) -> None:
@@ -44,12 +51,14 @@ class Proposals:
     def begin(self, batch: Batch) -> None:
         self.size = len(batch)
 
-    def retrieve(self, queries: Tensor) -> Neighbors:
+    def __call__(self, step: Step) -> Neighbors:
+        queries = step.queries
         shape = len(queries), len(self.tokens)
         distances = torch.arange(1.0, shape[1] + 1).expand(shape).clone()
         values, ids = self.tokens.expand(shape).clone(), torch.arange(shape[1]).expand(shape).clone()
         if self.sentences is not None:
             beams = len(queries) // self.size
+            assert step.sentence.tolist() == [row // beams for row in range(len(queries))]
             left_out = [row for row in range(len(queries)) if row // beams not in self.sentences]
             distances[left_out], values[left_out], ids[left_out] = torch.inf, 0, -1
         return Neighbors(distances, values, ids)
@@ -60,11 +69,11 @@ class Broken(Proposals):
 
     steps = 0
 
-    def retrieve(self, queries: Tensor) -> Neighbors:
+    def __call__(self, step: Step) -> Neighbors:
         self.steps += 1
         if self.steps == 3:
             raise RuntimeError("the disk is on fire")
-        return super().retrieve(queries)
+        return super().__call__(step)
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +96,15 @@ def marian_store(marian: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -
         yield store
 
 
+def memory_of(store: Datastore) -> DatastoreMemory:
+    return DatastoreMemory(store, open_index(store))
+
+
 def mixing(
-    backbone: KeyedModel, retriever: Any, lambda_: float, batch: Batch, temperature: float = 50.0
+    backbone: KeyedModel, retriever: Retriever, lambda_: float, batch: Batch, memory: Memory = NOTHING
 ) -> AbstractContextManager[None]:
-    retriever.begin(batch)
-    return knn_decoding(backbone, retriever, FixedCombiner(lambda_, temperature), Spans())
+    """Decoding with T = 50."""
+    return mixing_in(backbone, Mixture(backbone, memory, retriever, FixedCombiner(lambda_, 50.0)), batch)
 
 
 def mixture_by_hand(
@@ -152,15 +165,14 @@ def test_scores_of_beams_are_the_recomputed_mixture_of_their_own_neighbors(
     tiny_backbone: KeyedModel, store: Datastore, lambda_: float
 ) -> None:
     batch = tiny_backbone.batch(SOURCES)
-    retriever = DatastoreRetriever(store, open_index(store), k=6)
     eos = tiny_backbone.model.generation_config.eos_token_id
     options = {"num_beams": 4, "num_return_sequences": 4, "length_penalty": 0.0, "max_new_tokens": 6}
-    with mixing(tiny_backbone, retriever, lambda_, batch):
+    with mixing(tiny_backbone, WholeStore(k=6), lambda_, batch, memory_of(store)):
         found = tiny_backbone.generate(
             batch, **options, forced_eos_token_id=None, bad_words_ids=[[tiny_backbone.pad_id]],
             return_dict_in_generate=True, output_scores=True,
         )  # fmt: skip
-    forced = tiny_backbone.start.forced_id
+    forced = tiny_backbone.forced_id
     compared = 0
     for row, sequence in enumerate(found.sequences.tolist()):
         tokens = trimmed(sequence, eos)
@@ -184,8 +196,7 @@ def test_greedy_takes_the_likeliest_token_of_the_mixture_with_one_few_or_all_nei
     marian: KeyedModel, marian_store: Datastore, k: int, lambda_: float
 ) -> None:
     batch = marian.batch(SOURCES)
-    retriever = DatastoreRetriever(marian_store, open_index(marian_store), k=k)
-    with mixing(marian, retriever, lambda_, batch):
+    with mixing(marian, WholeStore(k=k), lambda_, batch, memory_of(marian_store)):
         found = marian.generate(batch, num_beams=1, bad_words_ids=None, forced_eos_token_id=None)
     for sentence, sequence in enumerate(found.tolist()):
         tokens = trimmed(sequence, marian.tokenizer.eos_token_id)
@@ -214,7 +225,7 @@ def test_lambda_1_follows_neighbors_where_there_are_any_and_the_model_elsewhere(
 def test_neighbors_do_not_leak_past_a_forced_language(
     tiny_backbone: KeyedModel, tiny_family: TinyFamily, strategy: str
 ) -> None:
-    forced = tiny_backbone.start.forced_id
+    forced = tiny_backbone.forced_id
     if forced is None:
         pytest.skip("this family does not force its first token")
     source_language = tiny_backbone.tokenizer(GERMAN[0]).input_ids[0]
@@ -261,16 +272,15 @@ def test_no_hook_stays_after_decoding_or_after_an_error_in_it(marian: KeyedModel
 
 def test_the_last_position_is_mixed_when_decoding_without_a_cache(marian: KeyedModel, marian_store: Datastore) -> None:
     batch = marian.batch(SOURCES)
-    retriever = DatastoreRetriever(marian_store, open_index(marian_store), k=6)
-    with mixing(marian, retriever, 0.5, batch):
+    with mixing(marian, WholeStore(k=6), 0.5, batch, memory_of(marian_store)):
         cached = marian.generate(batch, num_beams=3)
         uncached = marian.generate(batch, num_beams=3, use_cache=False)
     assert cached.equal(uncached)
 
 
 def translator(backbone: KeyedModel, store: Datastore, beams: int, batch_size: int) -> Translator:
-    retriever = DatastoreRetriever(store, open_index(store), k=6)
-    return Translator(backbone, Decoding(beams, batch_size, 10), retriever, FixedCombiner(0.2, 50.0))
+    mixture = KnnSettings(k=6, lambda_=0.2, temperature=50.0).open(backbone, memory_of(store))
+    return Translator(backbone, mixture, Decoding(beams, batch_size, 10))
 
 
 @pytest.mark.parametrize("beams", [1, 4])
@@ -288,7 +298,7 @@ def test_translations_come_in_the_order_of_the_sources_whatever_the_batches(
 def test_translations_count_tokens_queries_and_time(marian: KeyedModel, marian_store: Datastore) -> None:
     found = translator(marian, marian_store, beams=3, batch_size=2).translate(SOURCES)
     special = set(marian.tokenizer.all_special_ids)
-    with mixing(marian, DatastoreRetriever(marian_store, open_index(marian_store), 6), 0.2, marian.batch(SOURCES)):
+    with mixing(marian, WholeStore(k=6), 0.2, marian.batch(SOURCES), memory_of(marian_store)):
         whole = marian.generate(marian.batch(SOURCES), num_beams=3, max_new_tokens=10).flatten().tolist()
     assert found.tokens == sum(token not in special for token in whole)
     assert found.spans.counts["search"] == found.spans.counts["mix"] > 3 * len(SOURCES)
@@ -305,7 +315,7 @@ def test_no_sources_are_no_translations(marian: KeyedModel, marian_store: Datast
 
 @pytest.mark.parametrize("beams", [1, 4])
 def test_an_empty_datastore_is_the_plain_model(marian: KeyedModel, tmp_path: Path, beams: int) -> None:
-    plain = Translator(marian, Decoding(beams, 2, 10)).translate(SOURCES)
+    plain = Translator(marian, decoding=Decoding(beams, 2, 10)).translate(SOURCES)
     with build_store(marian, tmp_path / "store", []) as empty:
         assert build_index(empty, IndexConfig()).factory == "Flat"
         assert translator(marian, empty, beams, 2).translate(SOURCES).texts == plain.texts
@@ -350,21 +360,22 @@ def test_decoding_options_are_checked(options: dict[str, Any], message: str) -> 
         Decoding(**options)
 
 
-def test_a_retriever_without_a_combiner_is_refused(marian: KeyedModel) -> None:
-    for given in ({"retriever": Proposals([40])}, {"combiner": FixedCombiner()}):
-        with pytest.raises(ValueError, match="retriever and combiner belong together: give both, or neither"):
-            Translator(marian, Decoding(), **given)
+def test_one_string_for_a_list_of_sources_is_refused(marian: KeyedModel) -> None:
+    with pytest.raises(
+        TypeError, match=r"sources is one string, 'Öffnen', expected a list of strings: write \['Öffnen'\]"
+    ):
+        Translator(marian, decoding=Decoding(max_new_tokens=5)).translate("Öffnen")
 
 
 def test_labels_are_ignored_where_they_are_padding(marian: KeyedModel, marian_store: Datastore) -> None:
     batch = marian.batch(SOURCES, ENGLISH[:4])
     assert batch.labels is not None and (batch.labels == IGNORED).any()
-    with mixing(marian, DatastoreRetriever(marian_store, open_index(marian_store), 3), 0.5, batch):
+    with mixing(marian, WholeStore(k=3), 0.5, batch, memory_of(marian_store)):
         assert marian.generate(batch, num_beams=2).equal(marian.generate(marian.batch(SOURCES), num_beams=2))
 
 
 def test_more_tokens_than_positions_are_refused(marian: KeyedModel) -> None:
     assert marian.position_limit is not None
-    Translator(marian, Decoding(max_new_tokens=marian.position_limit))
+    Translator(marian, decoding=Decoding(max_new_tokens=marian.position_limit))
     with pytest.raises(ValueError, match=rf"max_new_tokens is 256, but .* has {marian.position_limit} positions"):
-        Translator(marian, Decoding(max_new_tokens=256))
+        Translator(marian, decoding=Decoding(max_new_tokens=256))

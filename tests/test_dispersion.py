@@ -30,7 +30,7 @@ NEAREST: dict[str, Loss] = {"koleo": F.koleo, "mma": F.mma, "mmcs": F.mmcs}
 PAIRWISE = {**ENERGIES, **NEAREST}
 OTHERS: dict[str, Loss] = {
     "lloyd": lambda x, **k: F.lloyd(x, samples=300, **k),
-    "spherical variance": lambda x, generator=None, **k: F.spherical_variance_loss(x, **k),
+    "mean resultant length": lambda x, generator=None, **k: F.mean_resultant_length(x, **k),
 }
 ALL = {**SLICED, **PAIRWISE, **OTHERS}
 
@@ -135,7 +135,7 @@ def test_sliced_dispersion_agrees_with_that_of_rotated_points_over_many_circles(
     assert a == pytest.approx(b, rel=0.02)
 
 
-@every({**PAIRWISE, "spherical variance": OTHERS["spherical variance"]})
+@every({**PAIRWISE, "mean resultant length": OTHERS["mean resultant length"]})
 def test_losses_without_random_directions_are_invariant_under_rotation(loss):
     x = vectors(clump=1.0)
     rotation = torch.from_numpy(stats.ortho_group.rvs(6, random_state=4))
@@ -251,12 +251,12 @@ def test_pairwise_loss_is_that_of_a_double_loop(name, dtype):
     assert PAIRWISE[name](x, reduction="sum").item() == pytest.approx(15 * expected, rel=1e-4)
 
 
-def test_spherical_variance_and_its_loss_add_to_one():
+def test_spherical_variance_and_mean_resultant_length_add_to_one():
     x = vectors(clump=1.0)
     resultant = np.linalg.norm(unit(x).mean(axis=0))
-    assert F.spherical_variance_loss(x).item() == pytest.approx(resultant)
+    assert F.mean_resultant_length(x).item() == pytest.approx(resultant)
     assert F.spherical_variance(x).item() == pytest.approx(1 - resultant)
-    assert F.spherical_variance_loss(x, "sum").item() == pytest.approx(len(x) * resultant)
+    assert F.mean_resultant_length(x, "sum").item() == pytest.approx(len(x) * resultant)
 
 
 def test_lloyd_is_the_squared_angle_to_the_nearest_point():
@@ -296,7 +296,7 @@ MODULES = [
     modules.SlicedDispersion(),
     modules.SlicedDispersion(circles=4),
     modules.AxisAlignedSlicedDispersion(circles=4),
-    modules.SphericalVariance(),
+    modules.MeanResultantLength(),
     *(modules.HypersphericalEnergy(s=s) for s in (0.0, 1.0, 2.0)),
     *(
         modules.KernelDispersion(k, m, bandwidth=0.5)
@@ -323,7 +323,7 @@ def test_gradient_descent_spreads_clumped_points(module):
         module(x).backward()
         optimizer.step()
     trained_least, trained_resultant = spread(x)
-    if not isinstance(module, modules.SphericalVariance):  # promises the resultant only: opposite clumps satisfy it
+    if not isinstance(module, modules.MeanResultantLength):  # promises the resultant only: opposite clumps satisfy it
         assert trained_least > 2.5 * least
     if not isinstance(module, LOCAL):  # promise the distance to the nearest neighbor only
         assert trained_resultant < 0.75 * resultant
@@ -450,29 +450,32 @@ def test_a_cpu_generator_gives_the_same_loss_on_the_gpu(loss):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: modules.SlicedDispersion(circles=0), r"circles=0: expected an integer of at least 1"),
-        (lambda: modules.AxisAlignedSlicedDispersion(circles=-3), r"circles=-3: expected"),
-        (lambda: modules.SlicedDispersion(circles=1.5), r"circles=1\.5: expected an integer"),
-        (lambda: modules.SphericalVariance(reduction="none"), r"reduction='none': expected one of 'mean', 'sum'"),
-        (lambda: modules.HypersphericalEnergy(s=-1.0), r"s=-1\.0: expected a finite number of at least 0"),
-        (lambda: modules.HypersphericalEnergy(s=math.inf), r"s=inf: expected a finite number"),
-        (lambda: modules.KernelDispersion(kernel="rbf"), r"kernel='rbf': expected one of 'gaussian', 'laplace'"),
-        (lambda: modules.KernelDispersion(metric="cosine"), r"metric='cosine': expected one of 'chordal', 'geodesic'"),
-        (lambda: modules.KernelDispersion(bandwidth=0.0), r"bandwidth=0\.0: expected a finite number above 0"),
-        (lambda: modules.KernelDispersion(s=math.nan), r"s=nan: expected"),
-        (lambda: modules.KoLeo(max_points=1), r"max_points=1: expected an integer of at least 2"),
-        (lambda: modules.Lloyd(samples=0), r"samples=0: expected"),
-        (lambda: F.sliced_dispersion(vectors(), circles=0), r"circles=0: expected"),
-        (lambda: F.lloyd(vectors(), samples=0), r"samples=0: expected"),
-        (lambda: F.koleo(vectors(), max_points=0), r"max_points=0: expected"),
-        (lambda: F.mmd_dispersion(vectors(), kernel="rbf"), r"kernel='rbf': expected"),
-        (lambda: F.minimum_hyperspherical_energy(vectors(), s=-2.0), r"s=-2\.0: expected"),
-        (lambda: F.koleo(vectors(), reduction="max"), r"reduction='max': expected"),
-        (lambda: F.random_great_circles(1), r"D=1: a great circle needs two dimensions"),
-        (lambda: F.axis_aligned_sliced_dispersion(vectors(5, 1)), r"D=1: a great circle needs two dimensions"),
+        (lambda: modules.SlicedDispersion(circles=0), r"circles is 0, expected 1 or more"),
+        (lambda: modules.AxisAlignedSlicedDispersion(circles=-3), r"circles is -3, expected 1 or more"),
+        (lambda: modules.SlicedDispersion(circles=1.5), r"circles is 1\.5, expected 1 or more"),
+        (lambda: modules.MeanResultantLength(reduction="none"), r"reduction is 'none', expected one of mean, sum"),
+        (lambda: modules.HypersphericalEnergy(s=-1.0), r"s is -1\.0, expected 0 or more and finite"),
+        (lambda: modules.HypersphericalEnergy(s=math.inf), r"s is inf, expected 0 or more and finite"),
+        (lambda: modules.KernelDispersion(kernel="rbf"), r"kernel is 'rbf', expected one of gaussian, laplace"),
+        (lambda: modules.KernelDispersion(metric="cosine"), r"metric is 'cosine', expected one of chordal, geodesic"),
+        (lambda: modules.KernelDispersion(bandwidth=0.0), r"bandwidth is 0\.0, expected more than 0 and finite"),
+        (lambda: modules.KernelDispersion(s=math.nan), r"s is nan, expected 0 or more and finite"),
+        (lambda: modules.KoLeo(max_points=1), r"max_points is 1, expected 2 or more"),
+        (lambda: modules.Lloyd(samples=0), r"samples is 0, expected 1 or more"),
+        (lambda: F.sliced_dispersion(vectors(), circles=0), r"circles is 0, expected 1 or more"),
+        (lambda: F.lloyd(vectors(), samples=0), r"samples is 0, expected 1 or more"),
+        (lambda: F.koleo(vectors(), max_points=0), r"max_points is 0, expected 2 or more"),
+        (lambda: F.mmd_dispersion(vectors(), kernel="rbf"), r"kernel is 'rbf', expected"),
+        (lambda: F.minimum_hyperspherical_energy(vectors(), s=-2.0), r"s is -2\.0, expected 0 or more"),
+        (lambda: F.koleo(vectors(), reduction="max"), r"reduction is 'max', expected one of mean, sum"),
+        (lambda: F.random_great_circles(1), r"D is 1, expected 2 or more: a great circle needs two dimensions"),
+        (
+            lambda: F.axis_aligned_sliced_dispersion(vectors(5, 1)),
+            r"D is 1, expected 2 or more: a great circle needs two dimensions",
+        ),
         (lambda: F.mma(vectors().reshape(2, 10, 6)), r"shape \(2, 10, 6\).* expected floating-point vectors of shape"),
-        (lambda: F.mma(torch.arange(12).reshape(4, 3)), r"type torch\.int64: expected floating-point"),
-        (lambda: modules.KoLeo()(vectors(), torch.ones(20).long()), r"type torch\.int64: .*use mask\.bool\(\)"),
+        (lambda: F.mma(torch.arange(12).reshape(4, 3)), r"type torch\.int64, expected floating-point"),
+        (lambda: modules.KoLeo()(vectors(), torch.ones(20).long()), r"type torch\.int64, .*use mask\.bool\(\)"),
         (lambda: modules.KoLeo()(vectors(), torch.ones(19).bool()), r"mask has shape \(19,\).* expected shape \(20,\)"),
     ],
 )

@@ -26,9 +26,9 @@ from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.datastore import Manifest
-from lightning_knnmt.datastore.manifest import BUILDING
 from lightning_knnmt.storage import ranks
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.layout import BUILDING
 from lightning_knnmt.storage.lock import only_writer
 from lightning_knnmt.storage.ranks import Processes, Ranks
 
@@ -72,7 +72,7 @@ def build_as(rank: int, port: int, model: Path, builds: list[tuple[DatastoreConf
                 tell.send(BATCH)
                 if harm == "slow":
                     time.sleep(0.01)
-                found = KeyedModel.keys(backbone, batch)
+                found = type(backbone).keys(backbone, batch)
                 return found * torch.nan if harm == "nan" and rank == 1 else found
 
             backbone.keys = keys  # type: ignore[method-assign]
@@ -326,22 +326,41 @@ def test_the_benchmark_gives_its_ratios_beside_all_settings(crashes: crash.Crash
     assert result["processes_speedup"] == pytest.approx(one / two, abs=0.01)
 
 
-def test_commands_are_looked_up_and_options_alone_build(
+@pytest.mark.parametrize(
+    ("args", "spelled"),
+    [
+        (["--config", "a.yaml"], ["build", "--config", "a.yaml"]),
+        (["build", "--config", "a.yaml"], ["build", "--config", "a.yaml"]),
+        (["verify", "--folder", "b"], ["verify", "b"]),
+        (["compact", "--folder=b"], ["compact", "b"]),
+        (
+            ["remove", "--folder", "b", "--document", "c", "--document=d"],
+            ["remove", "b", "--document+", "c", "--document+=d"],
+        ),
+        (["--help"], ["--help"]),
+        ([], []),
+    ],
+)
+def test_commands_may_be_spelled_as_in_earlier_versions(args: list[str], spelled: list[str]) -> None:
+    assert build_index.spell_out(args) == spelled
+
+
+def test_commands_get_their_folder_by_its_place_and_unknown_ones_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    called = []
-    monkeypatch.setattr(build_index, "run_script", lambda command, args: called.append((command, args)))
-    build_index.main(["--config", "a.yaml"])
-    build_index.main(["build", "--config", "a.yaml"])
-    build_index.main(["verify", "--folder", "b"])
-    assert called == [
-        (build_index.build, ["--config", "a.yaml"]), (build_index.build, ["--config", "a.yaml"]),
-        (build_index.verify_datastore, ["--folder", "b"]),
-    ]  # fmt: skip
+    called: list[tuple[Path, list[str] | None]] = []
+
+    def remove(folder: Path, document: list[str] | None = None) -> None:
+        called.append((folder, document))
+
+    monkeypatch.setattr(build_index, "COMMANDS", {"build": build_index.build, "remove": remove})
+    build_index.main(["remove", "b", "--document", "c", "--document", "d"])
+    build_index.main(["remove", "--document=c", "--folder", "b"])
+    assert called == [(Path("b"), ["c", "d"]), (Path("b"), ["c"])]
     with pytest.raises(SystemExit) as exit:
         build_index.main(["verfy"])
     assert exit.value.code == 2
-    assert "the command is 'verfy', expected one of build, plan, verify, append" in capsys.readouterr().err
+    assert "invalid choice: 'verfy'" in capsys.readouterr().err
 
 
 def test_wrong_numbers_of_processes_are_named(backbone: KeyedModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.distributed import DistributedIndex
+from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index, open_parts
-from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever
 from lightning_knnmt.storage.ranks import Ranks
 
 ENTRIES, KEY_SIZE, K = 900, 16, 10
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_ranks(size: int, work: Callable[..., Any], tmp_path: Path, *args: Any) -> list[Any]:
     """What each process of a group returns; the error of one is a string."""
     context = multiprocessing.get_context("forkserver")  # which imports everything once
-    context.set_forkserver_preload(["lightning_knnmt.index", "lightning_knnmt.knn.retrievers.whole_store"])
+    context.set_forkserver_preload(["lightning_knnmt.building.index", "lightning_knnmt.index.memory"])
     queue = context.Queue()
     rendezvous = f"file://{tmp_path}/rendezvous"
     processes = [
@@ -75,10 +75,10 @@ def search_in_steps(rank: int, size: int, folder: Path) -> dict[str, list]:
         for name in FACTORIES:
             with DistributedIndex(open_parts(store, rank, size, name)) as index:
                 assert len(index) == ENTRIES
-                retriever = DatastoreRetriever(store, index, K, nprobe=3)
+                memory = DatastoreMemory(store, index)
                 for step in STEPS:
                     if rank < 2 and (rows := step[rank]) is not None:
-                        neighbors = retriever.retrieve(torch.from_numpy(QUERIES[rows.start : rows.stop]))
+                        neighbors = memory.search(torch.from_numpy(QUERIES[rows.start : rows.stop]), K, nprobe=3)
                         arrays = (neighbors.distances, neighbors.ids, neighbors.values)
                         found.setdefault(name, []).append([array.tolist() for array in arrays])
     return found
@@ -89,10 +89,10 @@ def test_processes_with_a_part_each_find_what_one_with_all_finds(folder: Path, t
     found = run_ranks(size, search_in_steps, tmp_path, folder)
     with Datastore(folder) as store:
         for name in FACTORIES:
-            retriever = DatastoreRetriever(store, open_index(store, f"{name}_whole"), K, nprobe=3)
+            memory = DatastoreMemory(store, open_index(store, f"{name}_whole"))
             for rank in range(2):
                 for rows, ours in zip([step[rank] for step in STEPS], found[rank][name], strict=False):
-                    whole = retriever.retrieve(torch.from_numpy(QUERIES[rows.start : rows.stop]))
+                    whole = memory.search(torch.from_numpy(QUERIES[rows.start : rows.stop]), K, nprobe=3)
                     assert ours == [whole.distances.tolist(), whole.ids.tolist(), whole.values.tolist()]
             assert [len(rank.get(name, [])) for rank in found] == [4, 3, 0, 0][:size]
 
@@ -120,7 +120,7 @@ def test_shares_that_overlap_and_different_k_are_refused_in_all_processes(folder
             "open_parts",
             "the processes hold entries 350 to 900, 0 to 350, expected shares that follow each other; open them with "
             "open_parts",
-            "the processes search for (k, nprobe) (4, 1), (5, 1), expected the same in all",
+            "the processes search for (k, nprobe, ef_search) (4, 8, 0), (5, 8, 0), expected the same in all",
         ]
 
 

@@ -1,7 +1,6 @@
 """What is computed, built, tuned and explained on a GPU is what the CPU computes, builds, tunes and explains."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,17 @@ from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.decoding import Decoding
+from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.explanation import explain
-from lightning_knnmt.evaluation.tuning import Grid, likelihoods, reference_states, tune
+from lightning_knnmt.evaluation.tuning import Grid, likelihoods, tune
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.faiss_index import FaissIndex, read_index
 from lightning_knnmt.index.gpu import adder, find_gpus, has_gpu_version
 from lightning_knnmt.index.layers import find_ivf, innermost
-from lightning_knnmt.index.memory import KnnSearch, KnnSettings
+from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.index.report import IndexReport
-from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever
+from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -67,8 +66,8 @@ def store(on_cpu: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 @pytest.mark.parametrize("key_type", ["decoder_output", "ffn_input"])
 def test_keys_on_the_gpu_are_close_to_those_on_the_cpu(tiny_folder: Path, tiny_family: TinyFamily, key_type):
-    cpu = load_model(str(tiny_folder), key_type, device="cpu", **tiny_family.languages)
-    gpu = load_model(str(tiny_folder), key_type, **tiny_family.languages)
+    cpu = load_model(str(tiny_folder), key_type=key_type, device="cpu", **tiny_family.languages)
+    gpu = load_model(str(tiny_folder), key_type=key_type, **tiny_family.languages)
     assert gpu.device.type == "cuda"
     with torch.inference_mode():
         batch = cpu.batch(GERMAN, ENGLISH)
@@ -91,7 +90,7 @@ def test_a_datastore_and_index_built_on_the_gpu_are_those_of_the_cpu(
         assert build_index(other, IndexConfig("IVF4,Flat", train_points=160)).nlist == 4
         queries = torch.from_numpy(store.sample_keys(20)).float() + 0.01
         found = [
-            DatastoreRetriever(either, open_index(either), k=5, nprobe=4).retrieve(queries) for either in (other, store)
+            DatastoreMemory(either, open_index(either)).search(queries, k=5, nprobe=4) for either in (other, store)
         ]
     torch.testing.assert_close(found[0].distances, found[1].distances, rtol=1e-2, atol=1e-2)
 
@@ -100,21 +99,22 @@ def test_likelihoods_on_the_gpu_are_those_on_the_cpu_and_tuning_ends(
     on_cpu: KeyedModel, on_gpu: KeyedModel, store: Datastore
 ) -> None:
     grid = Grid(k=[1, 3, 8], lambda_=[0.25, 0.8], temperature=[5.0, 20.0], nprobe=[2, 4], finalists=2)
-    candidates = []
-    for backbone in (on_cpu, on_gpu):
-        states = reference_states(backbone, VALIDATION, grid.max_tokens)
-        candidates.append(likelihoods(KnnSearch(backbone, store), states, grid))
-    for cpu, gpu in zip(*candidates, strict=True):
-        assert gpu == replace(cpu, log_likelihood=pytest.approx(cpu.log_likelihood, abs=5e-3))
-    tuned = tune(KnnSearch(on_gpu, store), VALIDATION, grid, DECODING)
-    assert tuned.best in [candidate.settings for candidate in candidates[0]]
-    assert tuned.plain_log_likelihood == pytest.approx(float(states.log_probs.mean()), abs=1e-4)
+    memory, mixture = DatastoreMemory(store, open_index(store)), MixtureConfig.of()
+    found = [likelihoods(backbone, memory, mixture, VALIDATION, grid) for backbone in (on_cpu, on_gpu)]
+    for cpu, gpu in zip(*(candidates for candidates, *_ in found), strict=True):
+        assert gpu.options == cpu.options
+        assert gpu.log_likelihood == pytest.approx(cpu.log_likelihood, abs=5e-3)
+    tuned = tune(on_gpu, memory, mixture, VALIDATION, grid, DECODING)
+    assert tuned.best.settings in [candidate.mixture.settings for candidate in found[0][0]]
+    assert tuned.plain_log_likelihood == pytest.approx(found[0][1], abs=5e-3)
+    assert tuned.plain_log_likelihood == pytest.approx(found[1][1], abs=1e-4)
 
 
 def test_explanations_on_the_gpu_are_those_on_the_cpu(on_cpu: KeyedModel, on_gpu: KeyedModel, store: Datastore) -> None:
     settings = KnnSettings(k=4, lambda_=0.6, temperature=8.0, nprobe=4)
     for source in [pair.src for pair in VALIDATION[:3]]:
-        cpu, gpu = (explain(KnnSearch(backbone, store), settings, DECODING, source) for backbone in (on_cpu, on_gpu))
+        memory = DatastoreMemory(store, open_index(store))
+        cpu, gpu = (explain(settings.open(backbone, memory), source, DECODING) for backbone in (on_cpu, on_gpu))
         assert gpu.text == cpu.text and len(cpu.tokens) > 2
         for expected, found in zip(cpu.tokens, gpu.tokens, strict=True):
             assert found.token == expected.token
@@ -148,8 +148,7 @@ def test_an_index_built_on_gpus_is_as_good_as_one_built_on_the_cpu(clumps: Datas
     for device in ("cpu", "gpu"):
         name, report = built(clumps, factory, device)
         index = open_index(clumps, name)
-        index.set_nprobe(16)
-        distances, ids = index.search(QUERIES, K)
+        distances, ids = index.search(QUERIES, K, nprobe=16)
         assert (ids >= 0).all() and (ids < ENTRIES).all()
         recalls.append(overlap(ids, NEAREST))
         reports.append(report)
@@ -188,10 +187,8 @@ def test_keys_added_on_gpus_are_where_the_cpu_puts_them(clumps: Datastore, facto
     cpu, gpu = indexes
     lists = [index.list_of_entries() for index in indexes]
     assert (lists[0] == lists[1]).mean() > (0.95 if "HNSW" in factory else 0.999)  # a graph may miss the nearest list
-    for index in indexes:
-        index.set_nprobe(16)
     assert len(gpu) == len(cpu) == ENTRIES
-    assert overlap(gpu.search(QUERIES, K)[1], cpu.search(QUERIES, K)[1]) > 0.98
+    assert overlap(gpu.search(QUERIES, K, 16)[1], cpu.search(QUERIES, K, 16)[1]) > 0.98
 
 
 @with_faiss
@@ -200,9 +197,8 @@ def test_parts_filled_on_gpus_merge_into_what_one_pass_writes(clumps: Datastore)
     whole = open_index(clumps, name)
     config = IndexConfig("IVF16,Flat", name="merged", device="gpu", part_entries=2500, chunk=900)
     build_index(clumps, config)
-    for index in (whole, merged := open_index(clumps, "merged")):
-        index.set_nprobe(16)
-    np.testing.assert_array_equal(merged.search(QUERIES, K)[1], whole.search(QUERIES, K)[1])
+    merged = open_index(clumps, "merged")
+    np.testing.assert_array_equal(merged.search(QUERIES, K, 16)[1], whole.search(QUERIES, K, 16)[1])
 
 
 @with_faiss
@@ -213,9 +209,7 @@ def test_a_search_on_gpus_finds_what_one_on_the_cpu_does(clumps: Datastore, fact
     cpu, gpu = (open_index(clumps, name, device=device) for device in ("cpu", "gpu"))
     assert has_gpu_version(gpu.index) and gpu.device.startswith("gpu 0")
     for nprobe in (4, 1, 16):
-        for index in (cpu, gpu):
-            index.set_nprobe(nprobe)
-        (expected, ids), (distances, found) = (index.search(QUERIES, K) for index in (cpu, gpu))
+        (expected, ids), (distances, found) = (index.search(QUERIES, K, nprobe) for index in (cpu, gpu))
         # fp16 tables of PQ, and graphs that miss lists
         assert overlap(found, ids) > (0.9 if "HNSW" in factory else 0.97)
         np.testing.assert_allclose(np.median(distances, 0), np.median(expected, 0), rtol=1e-2)
@@ -229,7 +223,7 @@ def test_a_search_on_gpus_finds_what_one_on_the_cpu_does(clumps: Datastore, fact
 def test_fewer_entries_than_neighbors_are_filled_up_on_gpus_as_on_the_cpu(clumps: Datastore) -> None:
     name, _ = built(clumps, "IVF16,Flat", "cpu")
     cpu, gpu = (open_index(clumps, name, device=device) for device in ("cpu", "gpu"))
-    (expected, ids), (distances, found) = (index.search(QUERIES, 1500) for index in (cpu, gpu))
+    (expected, ids), (distances, found) = (index.search(QUERIES, 1500, nprobe=1) for index in (cpu, gpu))
     assert (ids < 0).any()
     np.testing.assert_array_equal(found < 0, ids < 0)
     np.testing.assert_array_equal(np.isinf(distances), np.isinf(expected))
@@ -240,7 +234,7 @@ def test_translations_with_an_index_on_gpus_are_those_with_one_on_the_cpu(on_cpu
     settings = KnnSettings(k=4, lambda_=0.6, temperature=8.0, nprobe=4)
     sources = [pair.src for pair in VALIDATION]
     texts = [
-        KnnSearch(on_cpu, store, device=device).translator(settings, DECODING).translate(sources).texts
-        for device in ("cpu", "gpu")
+        Translator(on_cpu, settings.open(on_cpu, DatastoreMemory(store, index)), DECODING).translate(sources).texts
+        for index in (open_index(store, device=device) for device in ("cpu", "gpu"))
     ]
     assert texts[0] == texts[1]

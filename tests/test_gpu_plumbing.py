@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from tiny_stores import clumpy_keys, write_store
 
-from lightning_knnmt.building.index import IndexBuild, build_index, plan_training
+from lightning_knnmt.building.index import IndexBuild, build_index
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.index import gpu
@@ -30,6 +30,7 @@ from lightning_knnmt.index.gpu import Gpus, adder, assigning, find_gpus, has_gpu
 from lightning_knnmt.index.layers import find_ivf, innermost
 from lightning_knnmt.index.opening import open_index, open_parts
 from lightning_knnmt.index.splitting import give_centroids
+from lightning_knnmt.index.training import Training
 from lightning_knnmt.storage.ranks import Ranks
 
 ENTRIES, KEY_SIZE, K = 900, 16, 10
@@ -290,7 +291,7 @@ def test_each_of_several_processes_adds_with_one_gpu(store: Datastore, gpus: OnC
     config = IndexConfig("IVF8,SQ8")
     index = copy_of("IVF8,SQ8")
     for ranks in (Ranks(), Ranks(0, 3), Ranks(1, 3), Ranks(2, 3)):
-        build = IndexBuild(store, config, plan_training(store, config, ENTRIES), ranks)
+        build = IndexBuild(store, config, Training.plan(store, config, ENTRIES), ranks)
         build.add(index, [KEYS[:5]], 5)
         build.add(index, [KEYS[5:7]], 2)
     assert [each.numbers for each in used[::2]] == [(0, 1), (0,), (1,), (0,)]
@@ -333,9 +334,7 @@ def test_a_search_of_copies_is_that_of_the_index(
         if (ivf := find_ivf(part)) is not None and "HNSW" in factory:
             faiss.downcast_index(ivf.quantizer).hnsw.efSearch = 64
     for nprobe in (3, 1, 20):
-        here.set_nprobe(nprobe)
-        there.set_nprobe(nprobe)
-        for ours, theirs in zip(here.search(QUERIES, K), there.search(QUERIES, K), strict=True):
+        for ours, theirs in zip(here.search(QUERIES, K, nprobe), there.search(QUERIES, K, nprobe), strict=True):
             np.testing.assert_array_equal(ours, theirs)
     if "IVF" in factory:
         assert there.list_sizes().tolist() == here.list_sizes().tolist()
@@ -362,11 +361,9 @@ def test_removed_entries_are_not_found_in_copies(store: Datastore, gpus: OnCpu) 
     store.removed = Removed.of(np.array([0, 500]), np.array([300, 550]))
     here, there = (open_index(store, device=device) for device in ("cpu", "gpu"))
     assert there.device == "gpu 0, 1"
-    for index in (here, there):
-        index.set_nprobe(8)
-    for ours, theirs in zip(here.search(QUERIES, K), there.search(QUERIES, K), strict=True):
+    for ours, theirs in zip(here.search(QUERIES, K, 8), there.search(QUERIES, K, 8), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    assert not store.removed.covers(there.search(QUERIES, K)[1]).any()
+    assert not store.removed.covers(there.search(QUERIES, K, 8)[1]).any()
 
 
 @pytest.mark.parametrize("layout", ["whole", "shards"])
@@ -377,7 +374,7 @@ def test_queries_near_more_removed_entries_than_gpus_select_are_answered_on_the_
     nearest = ((keys.astype(np.float64) - QUERIES[0]) ** 2).sum(1).argsort()
     gone = np.sort(nearest[:2200])
     asked: list[tuple[bool, int, int]] = []  # whether of copies, R, K
-    real = FaissIndex._search
+    real = FaissIndex._search_in
 
     def spy(index: FaissIndex, parts: Any, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         asked.append((parts is not index.parts, len(queries), k))
@@ -388,13 +385,11 @@ def test_queries_near_more_removed_entries_than_gpus_select_are_answered_on_the_
         store.removed = Removed.of(gone, gone + 1)
         here, there = (open_index(store, device=device) for device in ("cpu", "gpu"))
     for nprobe, k in ((8, K), (8, 500), (6, K), (1, 2048)):
-        for index in (here, there):
-            index.set_nprobe(nprobe)
-        expected = here.search(QUERIES, k)
+        expected = here.search(QUERIES, k, nprobe)
         asked.clear()
         with monkeypatch.context() as patched:
-            patched.setattr(FaissIndex, "_search", spy)
-            found = there.search(QUERIES, k)
+            patched.setattr(FaissIndex, "_search_in", spy)
+            found = there.search(QUERIES, k, nprobe)
         for ours, theirs in zip(expected, found, strict=True):
             np.testing.assert_array_equal(theirs, ours)
         assert all(copies == (wanted <= 2048) for copies, _, wanted in asked)
@@ -436,9 +431,7 @@ def test_an_index_that_gpus_refuse_is_searched_on_the_cpu_unless_they_are_asked_
 def test_more_neighbors_or_lists_than_gpus_select_are_refused(store: Datastore, gpus: OnCpu) -> None:
     build_index(store, IndexConfig("IVF8,SQ8", device="cpu"))
     here, there = (open_index(store, device=device) for device in ("cpu", "gpu"))
-    for index in (here, there):
-        index.set_nprobe(3)
-    np.testing.assert_array_equal(there.search(QUERIES, 2048)[1], here.search(QUERIES, 3000)[1][:, :2048])
+    np.testing.assert_array_equal(there.search(QUERIES, 2048, 3)[1], here.search(QUERIES, 3000, 3)[1][:, :2048])
     message = r"k is 2049, expected 2048 or less on GPUs .*; choose fewer, or search on the CPU"
     with pytest.raises(ValueError, match=message):
         there.search(QUERIES, 2049)
@@ -447,11 +440,12 @@ def test_more_neighbors_or_lists_than_gpus_select_are_refused(store: Datastore, 
     quantizer.add(np.random.default_rng(0).normal(size=(3000, 2)).astype(np.float32))
     lists.is_trained = True
     many = FaissIndex(lists)
-    many.set_nprobe(2999)
+    queries = np.zeros((1, 2), np.float32)
+    many.search(queries, 1, nprobe=2999)
     many.search_on(gpus)
-    many.set_nprobe(2048)
+    many.search(queries, 1, nprobe=2048)
     with pytest.raises(ValueError, match="nprobe is 3000, expected 2048 or less on GPUs"):
-        many.set_nprobe(5000)
+        many.search(queries, 1, nprobe=5000)
     assert lists.nprobe == 2048
 
 

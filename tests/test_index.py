@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +18,11 @@ from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.index.config import IndexConfig, choose_factory
 from lightning_knnmt.index.faiss_index import FaissIndex
+from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.index.report import IndexReport
-from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever
+from lightning_knnmt.knn.neighbors import Neighbors
+from lightning_knnmt.knn.retrievers.whole_store import WholeStore
 from lightning_knnmt.storage.errors import DatastoreError
 
 ENTRIES, KEY_SIZE = 900, 16
@@ -46,15 +48,19 @@ def recall(found: np.ndarray, ids: np.ndarray) -> float:
     return float(np.mean([len(set(a) & set(b)) / len(b) for a, b in zip(found, ids, strict=True)]))
 
 
-def retriever(store: Datastore, factory: str = "Flat", k: int = 10, nprobe: int = 1000) -> DatastoreRetriever:
+def memory_of(store: Datastore, factory: str = "Flat") -> DatastoreMemory:
     build_index(store, IndexConfig(factory, overwrite=True))
-    return DatastoreRetriever(store, open_index(store), k, nprobe)
+    return DatastoreMemory(store, open_index(store))
+
+
+def search(store: Datastore, factory: str = "Flat", k: int = 10, nprobe: int = 1000) -> Neighbors:
+    return memory_of(store, factory).search(torch.from_numpy(QUERIES), k, nprobe)
 
 
 @pytest.mark.parametrize("factory", ["auto", "Flat", "IVF8,Flat"])
 @pytest.mark.parametrize("k", [1, 10])
 def test_neighbors_are_those_of_brute_force_when_every_list_is_probed(store: Datastore, factory: str, k: int) -> None:
-    found = retriever(store, factory, k).retrieve(torch.from_numpy(QUERIES))
+    found = search(store, factory, k)
     distances, ids = brute_force(KEYS, k)
     assert found.ids.tolist() == ids.tolist()
     np.testing.assert_allclose(found.distances.numpy(), distances, rtol=1e-4, atol=1e-3)
@@ -63,7 +69,7 @@ def test_neighbors_are_those_of_brute_force_when_every_list_is_probed(store: Dat
 
 
 def test_a_refined_index_with_all_lists_finds_what_brute_force_finds(store: Datastore) -> None:
-    found = retriever(store, "IVF8,PQ8x4fs,Refine(SQfp16)", k=10).retrieve(torch.from_numpy(QUERIES))
+    found = search(store, "IVF8,PQ8x4fs,Refine(SQfp16)", k=10)
     distances, ids = brute_force(KEYS, 10)
     assert recall(found.ids.numpy(), ids) > 0.9
     exact = ((QUERIES[:, None] - KEYS[found.ids.numpy()].astype(np.float64)) ** 2).sum(2)
@@ -72,13 +78,11 @@ def test_a_refined_index_with_all_lists_finds_what_brute_force_finds(store: Data
 
 
 def test_fewer_lists_probed_find_a_part_of_the_neighbors_at_true_distances(store: Datastore) -> None:
-    searcher = retriever(store, "IVF8,Flat", k=ENTRIES, nprobe=1)
-    few = searcher.retrieve(torch.from_numpy(QUERIES))
-    searcher.nprobe = 3
-    more = searcher.retrieve(torch.from_numpy(QUERIES))
-    assert searcher.nprobe == 3
+    memory = memory_of(store, "IVF8,Flat")
+    few, more, again = (memory.search(torch.from_numpy(QUERIES), ENTRIES, nprobe) for nprobe in (1, 3, 1))
+    assert again.ids.equal(few.ids)
     assert ((more.ids >= 0).sum(1) > (few.ids >= 0).sum(1)).all()
-    lists = searcher.index.list_of_entries()
+    lists = memory.index.list_of_entries()
     assert lists is not None
     for ids in few.ids.numpy():
         assert len(set(lists[ids[ids >= 0]])) == 1
@@ -91,7 +95,7 @@ def test_fewer_lists_probed_find_a_part_of_the_neighbors_at_true_distances(store
 @pytest.mark.parametrize("factory", ["Flat", "IVF2,Flat", "HNSW8,Flat"])
 def test_more_neighbors_than_entries_are_missing_at_the_end(tmp_path: Path, factory: str) -> None:
     with write_store(tmp_path / "small", KEYS[:7], VALUES[:7] + 1) as store:
-        found = retriever(store, factory, k=12).retrieve(torch.from_numpy(QUERIES))
+        found = search(store, factory, k=12)
     assert found.ids[:, :7].sort(1).values.tolist() == [list(range(7))] * len(QUERIES)
     assert (found.ids[:, 7:] == -1).all()
     assert (found.values[:, 7:] == 0).all()
@@ -104,7 +108,7 @@ def test_shards_are_searched_as_one_file_is(tmp_path: Path) -> None:
     results = []
     for name, sizes in (("whole", [ENTRIES]), ("parts", [1, 300, 98, 501])):
         with write_store(tmp_path / name, KEYS, VALUES, sizes) as store:
-            results.append(retriever(store, "IVF8,PQ4x4fs", nprobe=3).retrieve(torch.from_numpy(QUERIES)))
+            results.append(search(store, "IVF8,PQ4x4fs", nprobe=3))
     assert results[0].ids.equal(results[1].ids)
     assert results[0].distances.equal(results[1].distances)
     assert results[0].values.equal(results[1].values)
@@ -136,7 +140,7 @@ def test_an_index_without_lists_has_no_balance(store: Datastore, factory: str) -
     index = open_index(store)
     assert (report.nlist, report.imbalance_factor, report.homogeneity) == (None, None, None)
     assert index.list_sizes() is None and index.list_of_entries() is None
-    index.set_nprobe(5)
+    assert index.search(QUERIES, 5, nprobe=1)[1].tolist() == index.search(QUERIES, 5, nprobe=5)[1].tolist()
 
 
 def test_report_says_what_was_built(store: Datastore) -> None:
@@ -237,7 +241,7 @@ def test_an_empty_datastore_has_an_index_that_finds_nothing(tmp_path: Path) -> N
     with write_store(tmp_path / "store", KEYS[:0], VALUES[:0]) as store:
         report = build_index(store, IndexConfig())
         assert (report.factory, report.entries) == ("Flat", 0)
-        found = DatastoreRetriever(store, open_index(store), k=3).retrieve(torch.from_numpy(QUERIES))
+        found = DatastoreMemory(store, open_index(store)).search(torch.from_numpy(QUERIES), k=3)
     assert (found.ids == -1).all() and (found.values == 0).all() and (found.distances == torch.inf).all()
     assert found.ids.shape == found.values.shape == found.distances.shape == (len(QUERIES), 3)
 
@@ -287,18 +291,20 @@ def test_an_index_of_inner_products_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("options", "message"),
     [
-        (lambda store, index: DatastoreRetriever(store, index, 0), "k is 0, expected 1 or more"),
-        (lambda store, index: DatastoreRetriever(store, index, 4, 0), "nprobe is 0, expected 1 or more"),
+        ({"k": 0}, "k is 0, expected 1 or more"),
+        ({"k": 4, "nprobe": 0}, "nprobe is 0, expected 1 or more"),
+        ({"k": 4, "ef_search": 0}, "ef_search is 0, expected 1 or more"),
     ],
 )
-def test_retriever_options_under_1_are_refused(
-    store: Datastore, change: Callable[[Datastore, FaissIndex], object], message: str
-) -> None:
-    build_index(store, IndexConfig("Flat"))
+def test_search_options_under_1_are_refused(store: Datastore, options: dict[str, int], message: str) -> None:
+    memory = memory_of(store)
+    for refuse in (WholeStore, lambda **options: memory.search(torch.from_numpy(QUERIES), **options)):
+        with pytest.raises(ValueError, match=message):
+            refuse(**options)
     with pytest.raises(ValueError, match=message):
-        change(store, open_index(store))
+        memory.index.search(QUERIES, **options)
 
 
 def test_an_index_of_another_size_is_refused(store: Datastore) -> None:
@@ -309,7 +315,7 @@ def test_an_index_of_another_size_is_refused(store: Datastore) -> None:
         index = faiss.IndexFlatL2(key_size)
         index.add(KEYS[:entries, :key_size].astype(np.float32))
         with pytest.raises(DatastoreError, match=message):
-            DatastoreRetriever(store, FaissIndex(index), 4)
+            DatastoreMemory(store, FaissIndex(index))
 
 
 @pytest.mark.parametrize("key_size", [1, 6, 24, 128, 513, 1024])
@@ -327,10 +333,10 @@ def test_automatic_index_scores_more_candidates_again_than_it_returns(tmp_path: 
     keys, values = clumpy_keys(5200, KEY_SIZE, seed=2)
     with write_store(tmp_path / "store", keys, values) as store:
         report = build_index(store, IndexConfig())
-        searcher = DatastoreRetriever(store, open_index(store), k=8, nprobe=64)
-        found = searcher.retrieve(torch.from_numpy(QUERIES)).ids.numpy()
-        searcher.index.index.k_factor = 1
-        without = searcher.retrieve(torch.from_numpy(QUERIES)).ids.numpy()
+        index = open_index(store)
+        _, found = index.search(QUERIES, 8, nprobe=64)
+        index.index.k_factor = 1
+        _, without = index.search(QUERIES, 8, nprobe=64)
     assert report.factory == "IVF64,PQ8x4fs,Refine(SQfp16)"
     assert report.train_points == 5200
     _, ids = brute_force(keys, 8)

@@ -46,8 +46,7 @@ def store(tmp_path: Path) -> Iterator[Datastore]:
 
 
 def search(index: FaissIndex, nprobe: int = 3) -> list[list[list[float]]]:
-    index.set_nprobe(nprobe)
-    return [array.tolist() for array in index.search(QUERIES, K)]
+    return [array.tolist() for array in index.search(QUERIES, K, nprobe)]
 
 
 def files(store: Datastore) -> list[str]:
@@ -139,7 +138,7 @@ def test_a_build_that_is_stopped_continues_after_the_last_whole_part(
         open_index(store)
     before = {path.name: path.stat().st_mtime_ns for path in store.folder.glob("index.part-*.faiss")}
     with monkeypatch.context() as patched:
-        patched.setattr(builder, "_train", None)  # training again would fail
+        patched.setattr(builder, "train", None)  # training again would fail
         added = [len(keys) for keys in spied(patched, store, config)]
     there = {"index.part-00001.faiss": 1, "index.part-00002.faiss": 2}.get(stopped, 3)
     assert sum(added) == sum(map(len, PARTS[there:]))

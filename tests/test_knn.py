@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_knnmt.knn.combiners.fixed import FixedCombiner
+from lightning_knnmt.knn.neighbors import Neighbors
 from lightning_knnmt.knn.probability import knn_log_weights, knn_probs, mix_logits, neighbor_log_probs
-from lightning_knnmt.knn.retrievers.whole_store import Neighbors
+from lightning_knnmt.knn.step import Step, log_sum_exp
 
 ROWS, NEIGHBORS, VOCABULARY = 9, 12, 37
 
@@ -25,6 +26,10 @@ def make_neighbors(seed: int = 0, rows: int = ROWS, k: int = NEIGHBORS) -> Neigh
     distances[missing], values[missing] = np.inf, 0
     ids = np.where(missing, -1, rng.integers(0, 1000, (rows, k)))
     return Neighbors(torch.from_numpy(distances), torch.from_numpy(values), torch.from_numpy(ids))
+
+
+def step_of(logits: Tensor) -> Step:
+    return Step(torch.zeros(len(logits), 2), logits, torch.arange(len(logits)))
 
 
 def knn_by_hand(neighbors: Neighbors, temperature: float) -> np.ndarray:
@@ -55,7 +60,8 @@ def mixture_by_hand(logits: Tensor, neighbors: Neighbors, temperature: float, la
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_knn_probs_are_those_of_a_double_loop(seed: int, temperature: float) -> None:
     neighbors = make_neighbors(seed)
-    probs = knn_probs(neighbors.distances, neighbors.values, temperature, VOCABULARY)
+    shares = knn_log_weights(neighbors.distances, temperature)
+    probs = knn_probs(shares, neighbors.values, VOCABULARY)
     np.testing.assert_allclose(probs.numpy(), knn_by_hand(neighbors, temperature), rtol=2e-5, atol=1e-7)
     found = (neighbors.ids >= 0).any(1)
     torch.testing.assert_close(probs.sum(1), found.float())
@@ -64,7 +70,7 @@ def test_knn_probs_are_those_of_a_double_loop(seed: int, temperature: float) -> 
 @pytest.mark.parametrize("k", [1, 2, NEIGHBORS])
 def test_log_prob_of_each_neighbor_is_that_of_its_token(k: int) -> None:
     neighbors = make_neighbors(3, k=max(k, 3)).first(k)
-    log_probs = neighbor_log_probs(neighbors.distances, neighbors.values, 10.0)
+    log_probs = neighbor_log_probs(knn_log_weights(neighbors.distances, 10.0), neighbors.values)
     dense = knn_by_hand(neighbors, 10.0)
     expected = np.take_along_axis(dense, neighbors.values.numpy(), 1)
     np.testing.assert_allclose(log_probs.exp().numpy(), expected, rtol=2e-5, atol=1e-7)
@@ -84,8 +90,8 @@ def test_softmax_of_mixed_logits_is_the_mixture(lambda_: float, in_place: bool) 
     neighbors = make_neighbors(5)
     logits = 4 * torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(5))
     given = logits.clone()
-    log_probs = neighbor_log_probs(neighbors.distances, neighbors.values, 10.0)
-    mixed = mix_logits(given, neighbors.values, log_probs, lambda_, in_place)
+    log_probs = neighbor_log_probs(knn_log_weights(neighbors.distances, 10.0), neighbors.values)
+    mixed = mix_logits(given, neighbors.values, log_probs, lambda_, log_sum_exp(logits), in_place)
     expected = mixture_by_hand(logits, neighbors, 10.0, lambda_)
     np.testing.assert_allclose(mixed.double().softmax(1).numpy(), expected, rtol=1e-4, atol=1e-7)
     if not in_place:
@@ -97,7 +103,7 @@ def test_softmax_of_mixed_logits_is_the_mixture(lambda_: float, in_place: bool) 
 def test_mixture_of_half_precision_logits_is_as_exact_as_that_of_float32(dtype: torch.dtype, lambda_: float) -> None:
     neighbors = make_neighbors(6)
     logits = (4 * torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(6))).to(dtype)
-    mixed = FixedCombiner(lambda_, 10.0)(logits, neighbors)
+    mixed = FixedCombiner(lambda_, 10.0)(step_of(logits), neighbors)
     assert mixed.dtype == torch.float32
     expected = mixture_by_hand(logits.float(), neighbors, 10.0, lambda_)
     np.testing.assert_allclose(mixed.double().softmax(1).numpy(), expected, rtol=1e-4, atol=1e-7)
@@ -108,7 +114,7 @@ def test_tokens_that_the_model_excludes_get_the_neighbors_share_only(lambda_: fl
     neighbors = make_neighbors(7)
     logits = 4 * torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(7))
     logits[:, [0, 5, 20]] = -math.inf  # 0 and 5 are retrieved in some rows, 20 is in none
-    mixed = FixedCombiner(lambda_, 10.0)(logits, neighbors)
+    mixed = FixedCombiner(lambda_, 10.0)(step_of(logits), neighbors)
     assert not mixed.isnan().any()
     expected = mixture_by_hand(logits, neighbors, 10.0, lambda_)
     np.testing.assert_allclose(mixed.double().softmax(1).numpy(), expected, rtol=1e-4, atol=1e-7)
@@ -119,7 +125,7 @@ def test_tokens_that_the_model_excludes_get_the_neighbors_share_only(lambda_: fl
 def test_rows_without_neighbors_and_tokens_without_neighbors_keep_their_logits(lambda_: float) -> None:
     neighbors = make_neighbors(8)
     logits = torch.randn(ROWS, VOCABULARY, generator=torch.Generator().manual_seed(8))
-    mixed = FixedCombiner(lambda_, 10.0)(logits, neighbors)
+    mixed = FixedCombiner(lambda_, 10.0)(step_of(logits), neighbors)
     nothing = (neighbors.ids < 0).all(1)
     assert nothing.sum() == 2
     assert mixed[nothing].equal(logits[nothing])
@@ -133,11 +139,16 @@ def test_mixing_a_large_vocabulary_in_blocks_is_mixing_row_by_row() -> None:
     generator = torch.Generator().manual_seed(9)
     logits = 3 * torch.randn(21, 70_001, generator=generator)  # 7 rows are a block
     values = torch.randint(0, 70_001, (21, 6), generator=generator)
-    log_probs = neighbor_log_probs(50 * torch.rand(21, 6, generator=generator), values, 10.0)
-    whole = mix_logits(logits, values, log_probs, 0.4)
-    rows = [mix_logits(logits[r : r + 1], values[r : r + 1], log_probs[r : r + 1], 0.4) for r in range(21)]
+    log_probs = neighbor_log_probs(knn_log_weights(50 * torch.rand(21, 6, generator=generator), 10.0), values)
+    whole = mix_logits(logits, values, log_probs, 0.4, log_sum_exp(logits))
+    rows = [
+        mix_logits(
+            logits[r : r + 1], values[r : r + 1], log_probs[r : r + 1], 0.4, logits[r : r + 1].logsumexp(1, True)
+        )
+        for r in range(21)
+    ]
     torch.testing.assert_close(whole, torch.cat(rows))
-    assert mix_logits(logits[:0], values[:0], log_probs[:0], 0.4).shape == (0, 70_001)
+    assert mix_logits(logits[:0], values[:0], log_probs[:0], 0.4, log_sum_exp(logits[:0])).shape == (0, 70_001)
 
 
 def test_first_k_neighbors_are_the_nearest() -> None:

@@ -16,19 +16,20 @@ from tiny_stores import build_store, by_place, harm_file, write_corpus
 import build_index as script
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.building.append import append_pairs
+from lightning_knnmt.building.compact import compact
 from lightning_knnmt.building.datastore import build_datastore
 from lightning_knnmt.building.index import build_index
-from lightning_knnmt.building.removal import remove_documents
-from lightning_knnmt.building.updating import append_pairs, compact
+from lightning_knnmt.building.remove import remove_documents
 from lightning_knnmt.building.verify import verify
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore, Manifest
-from lightning_knnmt.datastore.manifest import BUILDING
 from lightning_knnmt.datastore.mapped_keys import MappedKeys
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import open_search
-from lightning_knnmt.index.opening import open_index, open_parts, read_report
+from lightning_knnmt.index.memory import open_memory
+from lightning_knnmt.index.opening import load_index, open_index, open_parts, read_report
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.layout import BUILDING
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +82,11 @@ def test_an_appended_store_is_one_that_was_built_with_all_pairs(
 @pytest.mark.parametrize("name", FACTORIES)
 def test_every_index_finds_appended_entries_at_once(built: Path, grown: Path, name: str) -> None:
     with Datastore(built) as store:
-        before, lists = len(store), open_index(store, name).list_sizes()
+        before, lists = len(store), load_index(store, name).list_sizes()
     with Datastore(grown) as store:
         index, report = open_index(store, name), read_report(store, name)
-        index.set_nprobe(4)
         keys = np.concatenate(list(store.key_chunks()))[before:].astype(np.float32)
-        distances, ids = index.search(keys, 4)
+        distances, ids = index.search(keys, 4, nprobe=4)
         hits = [(ids == entry).any() for ids, entry in zip(ids, range(before, len(store)), strict=True)]
         assert np.mean(hits) > 0.9  # several entries may have the same key
         if name in ("flat", "ivf", "graph"):  # the others estimate distances
@@ -268,11 +268,11 @@ def test_a_store_lives_through_the_command_line(
     backbone = load_model(str(marian_folder), device="cpu")
 
     def documents() -> set[str]:
-        with open_search(backbone, store) as search:
-            retriever = search.retriever(k=50, nprobe=4, rescore=60)
+        with open_memory(store) as memory:
+            memory.check(backbone)
             keys, _ = backbone.keys_and_logits(backbone.batch([pair.src for pair in NEW], [pair.tgt for pair in NEW]))
-            ids = retriever.retrieve(keys.flatten(0, 1).detach()).ids
-            return {search.datastore.context(int(entry)).pair.document for entry in ids.unique() if entry >= 0}
+            ids = memory.search(keys.flatten(0, 1), k=50, nprobe=4, rescore=60).ids
+            return {memory.context(int(entry)).pair.document for entry in ids.unique() if entry >= 0}
 
     assert documents() == {"page-0", "page-1", "page-2"}
     script.main(["remove", "--folder", str(store), "--document", "page-0", "--document=page-2"])

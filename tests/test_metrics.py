@@ -7,7 +7,9 @@ import torch
 from sklearn.metrics import homogeneity_score
 from tiny_stores import clumpy_keys
 
-from lightning_knnmt.index.clustering import assign_to_lists
+from lightning_knnmt.index.balance import imbalance, scanned
+from lightning_knnmt.index.splitting import split_centroids
+from lightning_knnmt.training.index_health import nearest_lists
 from lightning_knnmt.training.metrics import (
     Homogeneity,
     ImbalanceFactor,
@@ -28,21 +30,30 @@ def ivf(seed: int = 3) -> faiss.IndexIVFFlat:
     return index
 
 
+def assigned(seed: int = 3) -> torch.Tensor:
+    """The list of each key, as IndexHealth makes them."""
+    keys = KEYS.astype(np.float32)
+    centroids = split_centroids(keys, NLIST, share=0.0, seed=seed)
+    return nearest_lists(torch.from_numpy(keys), torch.from_numpy(centroids), 1, chunk=100)[:, 0]
+
+
 def test_assigned_lists_are_those_of_faisss_own_inverted_file() -> None:
-    lists = assign_to_lists(KEYS.astype(np.float32), NLIST, seed=3)
+    lists = assigned().numpy()
     index = ivf(seed=3)
     for number in range(NLIST):
         ids = faiss.rev_swig_ptr(index.invlists.get_ids(number), index.invlists.list_size(number))
         assert sorted(ids) == np.flatnonzero(lists == number).tolist()
 
 
-def test_more_lists_than_keys_are_refused() -> None:
-    with pytest.raises(ValueError, match="nlist is 20, but there are only 7 keys; expected at most one list per key"):
-        assign_to_lists(KEYS[:7].astype(np.float32), 20)
+def test_probed_lists_are_those_of_brute_force() -> None:
+    keys, centroids = KEYS[:50].astype(np.float32), KEYS[100:109].astype(np.float32)
+    distances = ((keys[:, None] - centroids[None]) ** 2).sum(-1)
+    found = nearest_lists(torch.from_numpy(keys), torch.from_numpy(centroids), 4, chunk=7)
+    assert np.array_equal(found.numpy(), distances.argsort(axis=1)[:, :4])
 
 
 def test_imbalance_is_faisss_own_figure_however_the_entries_come() -> None:
-    lists = torch.from_numpy(assign_to_lists(KEYS.astype(np.float32), NLIST, seed=3))
+    lists = assigned()
     metric = ImbalanceFactor(NLIST)
     for piece in lists.split(111):
         metric.update(piece)
@@ -51,7 +62,7 @@ def test_imbalance_is_faisss_own_figure_however_the_entries_come() -> None:
 
 
 def test_homogeneity_is_that_of_scikit_learn_however_the_entries_come() -> None:
-    lists = assign_to_lists(KEYS.astype(np.float32), NLIST)
+    lists = assigned().numpy()
     metric = Homogeneity()
     for rows in np.array_split(np.arange(len(lists)), 5):
         metric.update(torch.from_numpy(lists[rows]), torch.from_numpy(TOKENS[rows].astype(np.int64)))
@@ -81,7 +92,7 @@ def test_opposite_keys_balance_and_zero_keys_do_not_count() -> None:
 
 
 def test_metrics_of_two_processes_add_up_to_that_of_all_entries() -> None:
-    lists, tokens = torch.from_numpy(assign_to_lists(KEYS.astype(np.float32), NLIST)), torch.from_numpy(TOKENS).long()
+    lists, tokens = assigned(), torch.from_numpy(TOKENS).long()
     keys = torch.from_numpy(KEYS).float()
     for make, inputs in (
         (lambda: ImbalanceFactor(NLIST), (lists,)),
@@ -95,6 +106,19 @@ def test_metrics_of_two_processes_add_up_to_that_of_all_entries() -> None:
         second.update(*(part[1::2] for part in inputs))
         first.merge_state(second)
         assert float(first.compute()) == pytest.approx(float(whole.compute()), rel=1e-5)
+
+
+def test_metrics_stay_on_the_device_of_their_inputs() -> None:
+    device = torch.device("meta")  # whatever leaves it for the CPU fails
+    length = MeanResultantLength(16).to(device)
+    length.total = torch.empty(16, device=device)
+    assert length.compute().device == device
+    sizes = torch.empty(NLIST, dtype=torch.long, device=device)
+    assert (
+        imbalance(sizes).device == scanned(sizes, torch.empty(5, 2, dtype=torch.long, device=device)).device == device
+    )
+    metric = ImbalanceFactor(NLIST).to(device)
+    assert metric.compute().device == device
 
 
 @pytest.mark.parametrize(

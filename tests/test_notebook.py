@@ -126,8 +126,7 @@ def test_probed_lists_are_those_whose_entries_the_search_finds(clumped: Datastor
     index = open_index(clumped, "rotated")
     queries = np.random.default_rng(3).normal(size=(20, 16)).astype(np.float32)
     probed = index.probed_lists(queries, 3)
-    index.set_nprobe(3)
-    _, ids = index.search(queries, len(clumped))
+    _, ids = index.search(queries, len(clumped), nprobe=3)
     list_of_entries = index.list_of_entries()
     for found, lists in zip(ids, probed, strict=True):
         assert set(list_of_entries[found[found >= 0]]) == {number for number in lists if index.list_sizes()[number]}

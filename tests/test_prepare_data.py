@@ -168,7 +168,7 @@ def test_a_missing_file_is_named(
     monkeypatch.chdir(config.parent)
     Path("lines.en").unlink()
     words = failure(capsys, "--config", config)
-    assert "tgt_path: lines.en does not exist; expected a corpus file" in words
+    assert "tgt_path is lines.en, which does not exist, expected a corpus file" in words
 
 
 def test_a_damaged_download_ends_the_process_without_a_traceback(tmp_path: Path) -> None:

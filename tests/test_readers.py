@@ -439,16 +439,19 @@ def test_report_says_every_count_in_one_line() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"path": "a.txt"}, "tgt_path: missing for the plain text file a.txt"),
-        ({"path": "a.csv"}, "format: auto does not know the suffix of a.csv"),
-        ({"path": "a.tmx", "tgt_path": "b.en"}, "tgt_path: got b.en, but a.tmx is read as tmx"),
+        ({"path": "a.txt"}, "tgt_path is not given, expected the target side of the plain text file a.txt"),
+        ({"path": "a.csv"}, "format is auto, which does not know the suffix of a.csv, expected one of .txt, .tsv"),
+        ({"path": "a.tmx", "tgt_path": "b.en"}, "tgt_path is b.en, expected none: a.tmx is read as tmx"),
         ({"path": "a.de", "tgt_path": "a.de"}, "the same file as path"),
-        ({"path": "a.tsv", "format": "csv"}, "format: got 'csv', expected one of auto, text"),
-        ({"path": "a.tsv", "malformed": "warn"}, "malformed: got 'warn', expected one of error, skip"),
-        ({"path": "a.tsv", "msgid_side": "de"}, "msgid_side: got 'de', expected one of src, tgt"),
-        ({"path": "a.tsv", "max_characters": 0}, "max_characters: got 0, expected at least 1"),
-        ({"path": "a.tsv", "src_lang": " "}, "src_lang: got ' ', expected a language code"),
-        ({"path": "a.tsv", "src_lang": "en-GB"}, "src_lang and tgt_lang: got 'en-GB' and 'en'"),
+        ({"path": "a.tsv", "format": "csv"}, "format is 'csv', expected one of auto, text"),
+        ({"path": "a.tsv", "malformed": "warn"}, "malformed is 'warn', expected one of error, skip"),
+        ({"path": "a.tsv", "msgid_side": "de"}, "msgid_side is 'de', expected one of src, tgt"),
+        ({"path": "a.tsv", "max_characters": 0}, "max_characters is 0, expected 1 or more"),
+        ({"path": "a.tsv", "src_lang": " "}, "src_lang is ' ', expected a language code"),
+        (
+            {"path": "a.tsv", "src_lang": "en-GB"},
+            "src_lang is 'en-GB' and tgt_lang 'en', of which one includes the other",
+        ),
     ],
 )
 def test_wrong_options_are_named(options: dict[str, Any], message: str) -> None:
@@ -464,10 +467,10 @@ def test_format_can_be_told_by_suffix_or_option(name: str) -> None:
 
 def test_missing_file_or_folder_is_refused_at_the_call(tmp_path: Path) -> None:
     source = write(tmp_path / "a.de", "Hallo\n")
-    with pytest.raises(FileNotFoundError, match=r"path: .*nothing\.po does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"path is .*nothing\.po, which does not exist, expected a corpus file"):
         read_pairs(CorpusFile(tmp_path / "nothing.po"))
-    with pytest.raises(FileNotFoundError, match=r"tgt_path: .*b\.en does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"tgt_path is .*b\.en, which does not exist"):
         read_pairs(CorpusFile(source, tmp_path / "b.en"))
     (tmp_path / "folder.tmx").mkdir()
-    with pytest.raises(IsADirectoryError, match=r"folder\.tmx is a folder"):
+    with pytest.raises(IsADirectoryError, match=r"folder\.tmx, which is a folder, expected a corpus file"):
         read_pairs(CorpusFile(tmp_path / "folder.tmx"))

@@ -13,9 +13,9 @@ from jsonargparse import ArgumentError
 from script_parsers import ROOT, SCRIPTS, parse
 
 import evaluate
-from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.decoding import Decoding
-from lightning_knnmt.index.memory import KnnSettings
+from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 
 PAGES = [ROOT / "README.md", ROOT / "docs" / "dispersion.md", ROOT / "docs" / "indexes.md"]
 PYTHON = re.compile(r"(.*/)?python3?")
@@ -98,9 +98,10 @@ def help_of(script: str) -> str:
 @pytest.fixture
 def translate_config(marian_folder: Path, tmp_path: Path) -> Path:
     """The file that `evaluate.py` writes for `translate.py`."""
-    backbone = load_model(str(marian_folder), device="cpu")
+    backbone = BackboneConfig(str(marian_folder), device="cpu")
     path = tmp_path / "translate.yaml"
-    text = evaluate.translate_config(backbone, Path("runs/demo/store"), "index", KnnSettings(), Decoding())
+    mixture = MixtureConfig.of(KnnSettings())
+    text = evaluate.translate_config(backbone, Path("runs/demo/store"), "index", mixture, Decoding())
     path.write_text(text, encoding="utf-8")
     return path
 

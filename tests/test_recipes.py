@@ -1,7 +1,7 @@
 """Corpora from package registries: what is read from the packages, and what a failure says. Nothing is downloaded."""
 
-import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from typing import Any
 import polib
 import pytest
 
+from lightning_knnmt.data import recipes
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, MalformedCorpusError, ReadReport
 from lightning_knnmt.data.recipes import (
@@ -20,9 +21,9 @@ from lightning_knnmt.data.recipes import (
     LibreOfficeHelp,
     ParallelFiles,
     PretixCatalogs,
-    ProgramCatalogs,
 )
 
+GERMAN = PretixCatalogs("de", "en")
 WHEEL = "pretix-2026.8.0-py3-none-any.whl"
 needs_dpkg = pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb, which this machine lacks")
 
@@ -94,7 +95,7 @@ def test_pretix_reads_the_german_catalogs_of_the_wheel_only(tmp_path: Path) -> N
         "pretix/locale/de/LC_MESSAGES/django.po": b"no catalog",
     }
     wheel(tmp_path / WHEEL, files)
-    pairs, skipped = read(PretixCatalogs(), tmp_path)
+    pairs, skipped = read(GERMAN, tmp_path)
     assert pairs == [Pair("Bestellung", "Order"), Pair("Sitzplan", "Seats"), Pair("Abbrechen", "Cancel")]
     assert skipped == {}
 
@@ -105,7 +106,7 @@ def test_pretix_downloads_a_wheel_for_any_platform_once(tmp_path: Path, monkeypa
     monkeypatch.setattr(sys, "executable", str(program(tmp_path / "bin", "python", script)))
     cache = tmp_path / "new" / "cache"
     for _ in range(2):
-        assert read(PretixCatalogs(), cache) == ([Pair("Karte", "ticket")], {})
+        assert read(GERMAN, cache) == ([Pair("Karte", "ticket")], {})
     (call,) = (tmp_path / "calls").read_text().splitlines()
     assert call.startswith("-m pip download ")
     assert "--no-deps --only-binary :all: --ignore-requires-python pretix==2026.8.0" in call
@@ -121,14 +122,14 @@ def test_a_failing_download_repeats_the_words_of_the_command(
     cache = tmp_path / "cache"
     message = "(?s)could not download pretix==7: `.*pip download .*` said\nERROR: No matching distribution found"
     with pytest.raises(FetchError, match=message):
-        read(PretixCatalogs("7"), cache)
+        read(PretixCatalogs("de", "en", "7"), cache)
     assert list(cache.iterdir()) == []
 
 
 def test_a_download_of_something_else_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", str(program(tmp_path / "bin", "python", "touch pretix-7-cp311-linux.whl")))
     with pytest.raises(FetchError, match=r"pretix==7 was downloaded .* but gave no pretix-7-py3-none-any\.whl"):
-        read(PretixCatalogs("7"), tmp_path / "cache")
+        read(PretixCatalogs("de", "en", "7"), tmp_path / "cache")
 
 
 def test_an_interrupted_download_leaves_nothing_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +142,7 @@ def test_an_interrupted_download_leaves_nothing_in_the_cache(tmp_path: Path, mon
 
     monkeypatch.setattr(subprocess, "run", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        read(PretixCatalogs(), tmp_path / "cache")
+        read(GERMAN, tmp_path / "cache")
     assert len(started) == 1
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -151,7 +152,7 @@ def test_a_truncated_wheel_is_named_with_what_to_do(tmp_path: Path, share: float
     file = wheel(tmp_path / WHEEL, {"a/locale/de/LC_MESSAGES/a.mo": catalog(tmp_path, ("Karte", "ticket"))})
     file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
     with pytest.raises(FetchError, match=rf"{WHEEL} is damaged or incomplete, delete it and run .* said\n."):
-        read(PretixCatalogs(), tmp_path)
+        read(GERMAN, tmp_path)
 
 
 def test_a_wheel_with_changed_content_is_named(tmp_path: Path) -> None:
@@ -161,43 +162,24 @@ def test_a_wheel_with_changed_content_is_named(tmp_path: Path) -> None:
     data[1000] ^= 255
     file.write_bytes(data)
     with pytest.raises(FetchError, match=rf"{WHEEL} is damaged or incomplete"):
-        read(PretixCatalogs(), tmp_path)
+        read(GERMAN, tmp_path)
 
 
 def test_a_broken_catalog_is_named_with_its_package(tmp_path: Path) -> None:
     wheel(tmp_path / WHEEL, {"a/locale/de/LC_MESSAGES/a.mo": b"no catalog"})
     message = rf"a/locale/de/LC_MESSAGES/a\.mo in .*{WHEEL}: .*not a readable gettext \.mo file"
     with pytest.raises(MalformedCorpusError, match=message):
-        read(PretixCatalogs(), tmp_path)
+        read(GERMAN, tmp_path)
 
 
 # ---- Debian packages
 
+PAGE = "usr/share/help/text/a.html"
 
-@needs_dpkg
-def test_program_catalogs_are_documents(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    locale = "usr/share/locale/de/LC_MESSAGES"
-    debian_package(
-        tmp_path,
-        "gimp-data",
-        {
-            f"{locale}/gimp.mo": catalog(tmp_path, ("Ebene", "Layer"), ("Pinsel", "Brush"), ("x" * 2001, "long")),
-            f"{locale}/gimp-python.mo": catalog(tmp_path, ("Skript", "Script")),
-            "usr/share/locale/fr/LC_MESSAGES/gimp.mo": catalog(tmp_path, ("Calque", "Layer")),
-            "usr/share/doc/readme": b"text",
-        },
-    )
-    debian_package(tmp_path, "gimp", {"usr/share/doc/readme": b"no catalog" * 100_000})
-    pairs, skipped = read(ProgramCatalogs(["gimp-data", "gimp"]), tmp_path / "cache")
-    assert set(pairs) == {
-        Pair("Ebene", "Layer", "gimp"),
-        Pair("Pinsel", "Brush", "gimp"),
-        Pair("Skript", "Script", "gimp-python"),
-    }
-    assert skipped == {"too long": 1}
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert len(warnings) == 1
-    assert "gimp_1.0-1_all.deb holds no file whose path matches" in warnings[0]
+
+def pages(package: str, cache: Path) -> dict[str, bytes]:
+    """The help pages of a Debian package."""
+    return LibreOfficeHelp._pages(package, cache)
 
 
 def page(*paragraphs: str) -> bytes:
@@ -234,7 +216,7 @@ def test_help_pages_align_by_page_and_paragraph_id_and_the_rest_is_counted(tmp_p
     for code, pages in (("de", german), ("en-us", english)):
         members = {f"usr/share/libreoffice/help/{code}/text/{name}": content for name, content in pages.items()}
         debian_package(tmp_path, f"libreoffice-help-{code}", members)
-    pairs, skipped = read(LibreOfficeHelp(), tmp_path / "cache")
+    pairs, skipped = read(LibreOfficeHelp("de", "en-us"), tmp_path / "cache")
     assert pairs == [
         Pair("Titel", "Titel", "a/x.html"),
         Pair("Größe ändern", "Resize", "a/x.html"),
@@ -251,24 +233,22 @@ def test_help_pages_align_by_page_and_paragraph_id_and_the_rest_is_counted(tmp_p
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.9, 0.99])
 def test_a_truncated_debian_package_is_named_with_what_to_do(tmp_path: Path, share: float) -> None:
     noise = os.urandom(300_000)
-    mo = catalog(tmp_path, ("Ebene", "Layer"))
-    deb = debian_package(tmp_path, "gimp", {"usr/share/locale/de/LC_MESSAGES/gimp.mo": mo, "usr/share/x": noise})
-    assert len(read(ProgramCatalogs(["gimp"]), deb.parent)[0]) == 1
+    deb = debian_package(tmp_path, "gimp", {PAGE: page(), "usr/share/x": noise})
+    assert len(pages("gimp", deb.parent)) == 1
     deb.write_bytes(deb.read_bytes()[: int(share * deb.stat().st_size)])
     with pytest.raises(
         FetchError, match=r"gimp_1\.0-1_all\.deb is damaged or incomplete, delete it and run .* said\n."
     ):
-        read(ProgramCatalogs(["gimp"]), deb.parent)
+        pages("gimp", deb.parent)
 
 
 @needs_dpkg
 def test_reading_may_stop_in_the_middle_of_a_package(tmp_path: Path) -> None:
-    mo = catalog(tmp_path, ("Ebene", "Layer"))
     noise = {f"usr/share/z{number}": os.urandom(500_000) for number in range(3)}
-    deb = debian_package(tmp_path, "gimp", {"usr/share/locale/de/LC_MESSAGES/gimp.mo": mo, **noise})
-    pairs = ProgramCatalogs(["gimp"]).pairs(deb.parent, ReadReport())
-    assert next(pairs) == Pair("Ebene", "Layer", "gimp")
-    pairs.close()  # type: ignore[attr-defined]
+    deb = debian_package(tmp_path, "gimp", {PAGE: page(), **noise})
+    members = recipes._debian_members(deb, re.compile("html$"))
+    assert next(members)[1] == page()
+    members.close()  # type: ignore[attr-defined]
 
 
 def without_programs(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -280,7 +260,7 @@ def test_a_machine_without_apt_get_is_told_what_else_to_do(tmp_path: Path, monke
     without_programs(monkeypatch, tmp_path / "bin")
     message = r"gimp is a Debian package and this machine has no apt-get; place gimp_\*\.deb into .*cache or choose"
     with pytest.raises(FetchError, match=message):
-        read(ProgramCatalogs(["gimp"]), tmp_path / "cache")
+        pages("gimp", tmp_path / "cache")
 
 
 def test_a_machine_without_dpkg_is_told_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +269,7 @@ def test_a_machine_without_dpkg_is_told_to_install_it(tmp_path: Path, monkeypatc
     with pytest.raises(
         FetchError, match=r"gimp_1_all\.deb is a Debian package .* no dpkg-deb to read it; install dpkg"
     ):
-        read(ProgramCatalogs(["gimp"]), tmp_path)
+        pages("gimp", tmp_path)
 
 
 def test_a_failing_apt_get_repeats_its_words_and_mentions_the_lists(
@@ -299,7 +279,7 @@ def test_a_failing_apt_get_repeats_its_words_and_mentions_the_lists(
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     message = "(?s)could not download gimp .*run `apt-get update` as root once.*said\nE: Unable to locate package gimp"
     with pytest.raises(FetchError, match=message):
-        read(ProgramCatalogs(["gimp"]), tmp_path / "cache")
+        pages("gimp", tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
 
 
@@ -312,25 +292,30 @@ def test_anything_but_one_file_of_a_package_is_refused(
     program(tmp_path / "bin", "apt-get", script)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     with pytest.raises(FetchError, match=rf"expected one file gimp_\*\.deb in .*, found {found}.*; keep the version"):
-        read(ProgramCatalogs(["gimp"]), tmp_path / "cache")
+        pages("gimp", tmp_path / "cache")
 
 
 @needs_dpkg
 def test_a_debian_package_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mo = catalog(tmp_path, ("Ebene", "Layer"))
-    deb = debian_package(tmp_path, "gimp", {"usr/share/locale/de/LC_MESSAGES/gimp.mo": mo})
+    deb = debian_package(tmp_path, "gimp", {PAGE: page()})
     source = deb.rename(tmp_path / "gimp_1%3a1.0-1_all.deb")
     program(tmp_path / "bin", "apt-get", f'echo "$@" >> {tmp_path}/calls; cp {source} .')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     for _ in range(2):
-        assert read(ProgramCatalogs(["gimp"]), tmp_path / "cache")[0] == [Pair("Ebene", "Layer", "gimp")]
+        assert list(pages("gimp", tmp_path / "cache").values()) == [page()]
     assert (tmp_path / "calls").read_text().splitlines() == ["download -q gimp"]
     assert [file.name for file in (tmp_path / "cache").iterdir()] == [source.name]
 
 
-def test_no_packages_are_refused() -> None:
-    with pytest.raises(ValueError, match="packages is empty, expected names of Debian packages"):
-        ProgramCatalogs([])
+def test_pretix_is_between_english_and_another_language() -> None:
+    for languages in (("en", "en"), ("de", "pt_BR")):
+        with pytest.raises(ValueError, match="expected 'en' for one of them"):
+            PretixCatalogs(*languages)
+
+
+def test_pretix_from_english(tmp_path: Path) -> None:
+    wheel(tmp_path / WHEEL, {"a/locale/pt_BR/LC_MESSAGES/a.mo": catalog(tmp_path, ("Pedido", "Order"))})
+    assert read(PretixCatalogs(), tmp_path) == ([Pair("Order", "Pedido")], {})
 
 
 # ---- the user's own files

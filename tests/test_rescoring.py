@@ -12,10 +12,12 @@ from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.mapped_keys import MappedKeys
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import KnnSettings
+from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.index.rescoring import rescore
-from lightning_knnmt.knn.retrievers.whole_store import DatastoreRetriever
+from lightning_knnmt.knn.neighbors import Neighbors
+from lightning_knnmt.knn.retrievers.whole_store import WholeStore
+from lightning_knnmt.knn.settings import KnnSettings
 
 ENTRIES, KEY_SIZE, K = 900, 16, 10
 KEYS, VALUES = clumpy_keys(ENTRIES, KEY_SIZE)
@@ -33,11 +35,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
         yield store
 
 
+def find(store: Datastore, name: str, k: int = K, nprobe: int = 8, rescore: int = 0) -> Neighbors:
+    return DatastoreMemory(store, open_index(store, name)).search(torch.from_numpy(QUERIES), k, nprobe, rescore)
+
+
 @pytest.mark.parametrize("name", ["codes", "parts"])
 def test_all_entries_scored_again_are_brute_force_however_coarse_the_codes(store: Datastore, name: str) -> None:
-    index = open_index(store, name)
-    plain = DatastoreRetriever(store, index, K, nprobe=8).retrieve(torch.from_numpy(QUERIES))
-    exact = DatastoreRetriever(store, index, K, nprobe=8, rescore=ENTRIES).retrieve(torch.from_numpy(QUERIES))
+    plain, exact = find(store, name), find(store, name, rescore=ENTRIES)
     assert exact.ids.tolist() == NEAREST.tolist()
     assert exact.values.tolist() == VALUES[NEAREST].tolist()
     np.testing.assert_allclose(exact.distances.numpy(), np.take_along_axis(SQUARED, NEAREST, 1), rtol=1e-5)
@@ -47,9 +51,7 @@ def test_all_entries_scored_again_are_brute_force_however_coarse_the_codes(store
 def test_more_candidates_find_more_at_exact_distances(store: Datastore) -> None:
     recall = []
     for candidates in (K, 4 * K, 16 * K):
-        found = DatastoreRetriever(store, open_index(store, "codes"), K, 8, candidates).retrieve(
-            torch.from_numpy(QUERIES)
-        )
+        found = find(store, "codes", rescore=candidates)
         ids = found.ids.numpy()
         np.testing.assert_allclose(found.distances.numpy(), np.take_along_axis(SQUARED, ids, 1), rtol=1e-5)
         assert (np.diff(found.distances.numpy(), axis=1) >= 0).all()
@@ -70,9 +72,7 @@ def test_candidates_that_are_missing_stay_missing_at_the_end(store: Datastore) -
 
 
 def test_an_index_that_finds_no_more_than_there_is_can_be_scored_again(store: Datastore) -> None:
-    found = DatastoreRetriever(store, open_index(store, "codes"), K, nprobe=1, rescore=2000).retrieve(
-        torch.from_numpy(QUERIES)
-    )
+    found = find(store, "codes", nprobe=1, rescore=2000)
     lists = open_index(store, "codes").list_of_entries()
     for ids, squared in zip(found.ids.numpy(), SQUARED, strict=True):
         ids = ids[ids >= 0]
@@ -81,35 +81,42 @@ def test_an_index_that_finds_no_more_than_there_is_can_be_scored_again(store: Da
 
 
 def test_no_queries_have_no_neighbors(store: Datastore) -> None:
-    found = DatastoreRetriever(store, open_index(store, "graph"), K, rescore=20).retrieve(torch.empty(0, KEY_SIZE))
-    assert found.ids.shape == found.distances.shape == (0, K)
+    for name in ("graph", "codes", "parts"):
+        found = DatastoreMemory(store, open_index(store, name)).search(torch.empty(0, KEY_SIZE), K, rescore=20)
+        assert found.ids.shape == found.distances.shape == found.values.shape == (0, K)
 
 
 def test_an_empty_store_is_scored_again_without_finding_anything(tmp_path: Path) -> None:
     with write_store(tmp_path / "empty", KEYS[:0], VALUES[:0]) as store:
         build_index(store, IndexConfig())
-        found = DatastoreRetriever(store, open_index(store), 3, rescore=5).retrieve(torch.from_numpy(QUERIES))
+        found = find(store, "index", 3, rescore=5)
     assert (found.ids == -1).all() and found.ids.shape == (len(QUERIES), 3)
 
 
-def test_fewer_candidates_than_neighbors_are_refused(store: Datastore) -> None:
+def test_fewer_candidates_than_neighbors_are_refused() -> None:
     message = "rescore is 7, expected 0, or k = 8 candidates or more"
     with pytest.raises(ValueError, match=message):
         KnnSettings(k=8, rescore=7)
     with pytest.raises(ValueError, match=message):
-        DatastoreRetriever(store, open_index(store, "codes"), 8, rescore=7)
+        WholeStore(8, rescore=7)
     assert KnnSettings(k=8, rescore=8).rescore == 8
 
 
 def test_keys_are_the_same_and_few_pages_stay_mapped_when_others_are_let_go(
     store: Datastore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_knnmt.datastore.mapped_keys.WINDOW", 640)  # 20 keys
+    monkeypatch.setattr("lightning_knnmt.datastore.mapped_keys.WINDOW_BYTES", 640)  # 20 keys
     monkeypatch.setattr("lightning_knnmt.datastore.mapped_keys.MOST_WINDOWS", 20)
     keys, most, rng = MappedKeys(store), [], np.random.default_rng(4)
     for size in (1, 5, 30, ENTRIES):
-        rows = np.sort(rng.choice(ENTRIES, size, replace=False))
+        rows = rng.choice(ENTRIES, size, replace=False)
         assert keys.rows(rows).tolist() == KEYS[rows].tolist()
-        most.append(sum(int(mapped.sum()) for mapped in keys._mapped))
-        assert most[-1] == keys._windows <= 10
+        most.append(int(keys._mapped.sum()))
+        assert most[-1] <= keys._at_most <= 10
     assert most[1] > most[0] > 0
+
+
+@pytest.mark.parametrize("entry", [-1, ENTRIES, np.iinfo(np.int64).min])
+def test_an_entry_that_is_not_there_is_an_error_and_no_crash(store: Datastore, entry: int) -> None:
+    with pytest.raises(IndexError, match="out of bounds"):
+        MappedKeys(store).rows(np.array([3, entry]))

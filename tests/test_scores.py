@@ -1,3 +1,5 @@
+import os
+
 import numpy as np
 import pytest
 from sacrebleu.metrics import BLEU, CHRF
@@ -57,19 +59,21 @@ def test_perfect_translation_scores_a_hundred():
 
 def test_lengths_that_differ_are_named():
     references, system, baseline = _corpus()
-    with pytest.raises(ValueError, match=r"Given 29 hypotheses, 30 references; expected the same number.*blank lines"):
+    with pytest.raises(
+        ValueError, match=r"there are 29 hypotheses, 30 references, expected the same number.*blank lines"
+    ):
         corpus_scores(system[:-1], references)
-    with pytest.raises(ValueError, match="Given 30 baseline, 28 system, 30 references"):
+    with pytest.raises(ValueError, match="there are 30 baseline, 28 system, 30 references, expected the same number"):
         paired_bootstrap(baseline, system[2:], references)
 
 
 def test_empty_lists_are_named():
-    with pytest.raises(ValueError, match="Given 0 hypotheses, 0 references; expected at least one sentence"):
+    with pytest.raises(ValueError, match="there are 0 hypotheses, 0 references, expected one sentence or more"):
         corpus_scores([], [])
 
 
 def test_one_string_is_not_a_list_of_sentences():
-    with pytest.raises(TypeError, match="hypotheses is one string, expected a list of sentences"):
+    with pytest.raises(TypeError, match=r"hypotheses is one string, 'Take one tablet\.', expected a list of strings"):
         corpus_scores("Take one tablet.", ["Take one tablet."])
 
 
@@ -130,6 +134,33 @@ def test_bootstrap_follows_its_seed_and_not_the_environment(monkeypatch: pytest.
     assert other.bleu.delta == first.bleu.delta
 
 
+def test_bootstrap_leaves_the_environment_as_it_was(monkeypatch: pytest.MonkeyPatch):
+    for before in (None, "17"):
+        monkeypatch.delenv("SACREBLEU_SEED", raising=False)
+        if before is not None:
+            monkeypatch.setenv("SACREBLEU_SEED", before)
+        paired_bootstrap(["Take one."], ["Take two."], ["Take one."], samples=5)
+        assert os.environ.get("SACREBLEU_SEED") == before
+
+
+def test_interval_of_the_difference_in_chrf_is_that_of_rescored_resamples():
+    references, system, baseline = _corpus()
+    compared = paired_bootstrap(baseline, system, references, samples=80, seed=5).chrf
+    drawn = np.random.default_rng(5).choice(len(references), size=(80, len(references)), replace=True)
+    deltas = []
+    for rows in drawn:
+        resampled = [[references[row] for row in rows]]
+        scores = [CHRF().corpus_score([side[row] for row in rows], resampled).score for side in (baseline, system)]
+        deltas.append(scores[1] - scores[0])
+    deltas.sort()
+    assert (compared.low, compared.high) == pytest.approx((deltas[2], deltas[-3]))
+
+
+def test_seed_0_which_is_none_to_sacrebleu_is_refused():
+    with pytest.raises(ValueError, match="seed is 0, expected 1 or more"):
+        paired_bootstrap(["Take one."], ["Take one."], ["Take one."], seed=0)
+
+
 def test_bootstrap_needs_a_sample():
-    with pytest.raises(ValueError, match="samples is 0, expected at least 1"):
+    with pytest.raises(ValueError, match="samples is 0, expected 1 or more"):
         paired_bootstrap(["Take one."], ["Take one."], ["Take one."], samples=0)

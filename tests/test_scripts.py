@@ -9,11 +9,9 @@ import pytest
 import torch
 from script_runs import DECODING, Domain, expect_error, run, write_config
 from test_comet import needs_comet, offline, tiny  # noqa: F401, the fixtures
-from tiny_models import GERMAN
 
 import build_index
 import evaluate
-import init_model
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.decoding import Decoding, Translator
@@ -146,7 +144,7 @@ def test_another_model_is_compared_with_a_datastore_of_its_own(
     assert systems["knn_dispersed"]["tuning"]["best"] == systems["knn_dispersed"]["knn"]
     assert set(results["significance"]) == {"knn", "dispersed", "knn_dispersed"}
     sources = domain.sources("test")
-    texts = Translator(load_model(model, device="cpu"), Decoding(**DECODING)).translate(sources).texts
+    texts = Translator(load_model(model, device="cpu"), decoding=Decoding(**DECODING)).translate(sources).texts
     assert systems["dispersed"]["bleu"] == pytest.approx(
         corpus_scores(texts, domain.references("test")).bleu.value, abs=1e-3
     )
@@ -241,23 +239,3 @@ def test_ctrl_c_is_no_error(capsys: pytest.CaptureFixture[str]):
         run_script(interrupted, [])
     assert exit.value.code == 130
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
-def test_init_model_makes_a_model_that_decodes(
-    domain: Domain, tmp_path: Path, capsys: pytest.CaptureFixture[str], pre_norm: bool, tied: bool
-):
-    shape = {"vocabulary": 100, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "heads": 2, "ffn": 16}
-    shape |= {"pre_norm": pre_norm, "tied": tied}
-    config = {"train": domain.root / "data" / "train.jsonl", "out": tmp_path / "model", "shape": shape}
-    run(init_model.init, "--config", write_config(tmp_path / "init.yaml", config))
-    backbone = load_model(str(tmp_path / "model"), device="cpu")
-    assert backbone.key_size == 16
-    assert hasattr(backbone.model.get_decoder(), "layer_norm") == pre_norm  # after the last block
-    output, embeddings = backbone.model.get_output_embeddings(), backbone.model.get_input_embeddings()
-    assert (output.weight.data_ptr() == embeddings.weight.data_ptr()) == tied
-    assert len(Translator(backbone, Decoding(max_new_tokens=4)).translate(GERMAN).texts) == len(GERMAN)
-    (tmp_path / "empty.jsonl").write_text("", encoding="utf-8")
-    args = ("--config", tmp_path / "init.yaml", "--train", tmp_path / "empty.jsonl")
-    expect_error(capsys, init_model.init, *args, expected="empty.jsonl, which is empty; expected one pair or more")

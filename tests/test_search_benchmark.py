@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from tiny_stores import build_store, clumpy_keys, corpus_pairs, write_corpus, write_store
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.building.append import append_pairs
 from lightning_knnmt.building.datastore import DatastoreConfig
 from lightning_knnmt.building.index import build_index
-from lightning_knnmt.building.removal import remove_documents
-from lightning_knnmt.building.updating import append_pairs
+from lightning_knnmt.building.remove import remove_documents
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.opening import open_index
-from lightning_knnmt.knn.retrievers.whole_store import Neighbors
+from lightning_knnmt.knn.neighbors import Neighbors
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import memory

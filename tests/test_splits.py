@@ -137,8 +137,8 @@ def test_a_request_beyond_the_corpus_names_what_there_is() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"by": "page"}, "by is 'page', expected 'document' or 'source'"),
-        ({"validation": -1}, "validation is -1 and test is 1, expected 0 or more"),
+        ({"by": "page"}, "by is 'page', expected one of document, source"),
+        ({"validation": -1}, "validation is -1, expected 0 or more"),
         ({"min_words": -2}, "min_words is -2, expected 0 or more"),
     ],
 )
@@ -225,3 +225,14 @@ def test_a_line_that_is_no_pair_is_named(tmp_path: Path, line: str) -> None:
 def test_a_missing_split_says_what_writes_it(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"train\.jsonl does not exist; write it with prepare_data\.py"):
         read_split(tmp_path / "train.jsonl")
+
+
+def test_no_held_out_source_is_a_sentence_of_the_training_split() -> None:
+    pairs = [Pair(f"Word number {number} here. Another one follows.", f"x {number}. y.") for number in range(20)]
+    pairs += [Pair(f"Word number {number} here.", f"x {number}.") for number in range(20)]
+    whole, _ = split(pairs, SplitConfig(5, 5, by="source"))
+    apart, dropped = split(pairs, SplitConfig(5, 5, by="source", sentences="en-pt"))
+    stored = {pair.src.split(". ")[0].rstrip(".") for pair in apart["train"]}
+    assert any(pair.src.rstrip(".") in stored for part in ("test", "validation") for pair in whole[part])
+    assert not any(pair.src.rstrip(".") in stored for part in ("test", "validation") for pair in apart[part])
+    assert dropped.total() > 0

@@ -76,9 +76,8 @@ FACTORIES = ["IVF32,Flat", "OPQ4,IVF32,PQ4x4fs", "PCA4,IVF32,Flat", "OPQ4,IVF32,
 def found_themselves(store: Datastore, name: str) -> float:
     """Share of some stored keys that are among their own ten nearest."""
     index = open_index(store, name)
-    index.set_nprobe(32)
     rows = np.arange(0, len(store), 100)
-    return float((index.search(store.sample_keys(len(store))[rows], 10)[1] == rows[:, None]).any(1).mean())
+    return float((index.search(store.sample_keys(len(store))[rows], 10, nprobe=32)[1] == rows[:, None]).any(1).mean())
 
 
 @pytest.mark.parametrize("factory", FACTORIES)

@@ -14,16 +14,17 @@ from tiny_stores import harm_file
 
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
-from lightning_knnmt.building import updating
+from lightning_knnmt.building import change as changes
+from lightning_knnmt.building.append import append_pairs
+from lightning_knnmt.building.compact import compact
 from lightning_knnmt.building.datastore import DatastoreConfig
-from lightning_knnmt.building.removal import remove_documents
-from lightning_knnmt.building.updating import append_pairs, compact
+from lightning_knnmt.building.remove import remove_documents
 from lightning_knnmt.building.verify import verify
 from lightning_knnmt.datastore import Datastore, Manifest
-from lightning_knnmt.datastore.manifest import BUILDING
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import PartialFile
+from lightning_knnmt.storage.layout import BUILDING
 from lightning_knnmt.storage.lock import only_writer
 
 
@@ -123,7 +124,7 @@ def test_what_a_process_killed_after_its_change_left_is_cleared_away_by_the_same
         raise Killed
 
     with monkeypatch.context() as patched:
-        patched.setattr(updating, "remove_leftovers", kill)
+        patched.setattr(changes, "keep_only", kill)
         with pytest.raises(Killed):
             append_pairs(backbone, appending(folder))
     assert verify(folder) == []

@@ -15,17 +15,18 @@ from tiny_stores import build_store, corpus_pairs, harm_file, write_corpus
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building import verify as datastore_verify
+from lightning_knnmt.building.append import append_pairs
+from lightning_knnmt.building.compact import compact
 from lightning_knnmt.building.datastore import DatastoreConfig
 from lightning_knnmt.building.index import build_index
-from lightning_knnmt.building.removal import remove_documents
-from lightning_knnmt.building.updating import append_pairs, compact
+from lightning_knnmt.building.remove import remove_documents
 from lightning_knnmt.building.verify import verify
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Manifest
 from lightning_knnmt.datastore import store as datastore_store
 from lightning_knnmt.index import opening
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import KnnSearch, open_search
+from lightning_knnmt.index.memory import DatastoreMemory, open_memory
 from lightning_knnmt.storage import snapshot
 from lightning_knnmt.storage.errors import DatastoreError
 
@@ -54,11 +55,11 @@ def append(backbone: KeyedModel, folder: Path, number: int = 0) -> None:
     append_pairs(backbone, DatastoreConfig(folder, corpus, max_tokens=100, shard_entries=10))
 
 
-def assert_consistent(search: KnnSearch, rescore: int) -> None:
+def assert_consistent(memory: DatastoreMemory, rescore: int) -> None:
     """What is found has the distances that the stored keys have."""
-    store = search.datastore
+    store = memory.datastore
     queries = store.sample_keys(3)
-    found = search.retriever(k=2, nprobe=2, rescore=rescore).retrieve(torch.from_numpy(queries))
+    found = memory.search(torch.from_numpy(queries), k=2, nprobe=2, rescore=rescore)
     keys = np.concatenate(list(store.key_chunks())).astype(np.float32)
     exact = ((keys[found.ids.numpy()] - queries[:, None]) ** 2).sum(2)
     np.testing.assert_allclose(found.distances.numpy(), exact, atol=1e-2)
@@ -73,9 +74,10 @@ def open_again_and_again(model: str, folder: Path, pipe: Connection) -> None:
     try:
         while not pipe.poll():
             for name in NAMES:
-                with open_search(backbone, folder, name) as search:
-                    assert_consistent(search, rescore=4)
-                    seen.add(search.datastore.fingerprint)
+                with open_memory(folder, name) as memory:
+                    memory.check(backbone)
+                    assert_consistent(memory, rescore=4)
+                    seen.add(memory.datastore.fingerprint)
             if problems := verify(folder):
                 raise DatastoreError(str(problems[0]))
     except Exception as error:
@@ -139,10 +141,11 @@ def test_a_change_at_any_moment_of_opening_is_seen_whole_or_not_at_all(
     for index in NAMES:
         with monkeypatch.context() as patch:
             during(patch, module, name, changes[action], calls)
-            with open_search(backbone, folder, index) as search:
-                assert_consistent(search, rescore=4)
+            with open_memory(folder, index) as memory:
+                memory.check(backbone)
+                assert_consistent(memory, rescore=4)
                 after = Manifest.load(folder)
-                assert search.datastore.manifest in (before, after)
+                assert memory.datastore.manifest in (before, after)
                 assert before != after or index != NAMES[0]  # the change has happened, but not twice
 
 

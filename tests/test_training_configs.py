@@ -40,19 +40,21 @@ def parsed(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     return configs[0]
 
 
+SHARED = ROOT / "configs" / "training.yaml"
 DISPERSION_CONFIGS = sorted((ROOT / "configs" / "dispersion").glob("*.yaml"))
+TRAINING_CONFIGS = [ROOT / "configs" / "base.yaml", *DISPERSION_CONFIGS]
 
 
-def variants(path: Path) -> list[list[str]]:
-    """The options of each variant that a configuration's comments tell of."""
-    found = re.findall(r"^#   [^\n-][^\n]*?  +(--[^(\n]+)", path.read_text(), re.MULTILINE)
+def variants() -> list[list[str]]:
+    """The options of each variant that the comments of the shared configuration tell of."""
+    found = re.findall(r"^#   [^\n-][^\n]*?  +(--[^(\n]+)", SHARED.read_text(), re.MULTILINE)
     return [line.split() for line in found]
 
 
 def test_the_base_configuration_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     config = parsed(["fit", "--config", str(ROOT / "configs" / "base.yaml")], monkeypatch)
     assert (config.model.trainable, config.model.dispersion) == ("all", None)
-    assert config.model.schedule.max_steps == config.trainer.max_steps
+    assert config.model.schedule.max_steps == config.trainer.max_steps == 24000
 
 
 @pytest.mark.parametrize("path", DISPERSION_CONFIGS, ids=lambda path: path.stem)
@@ -60,14 +62,26 @@ def test_dispersion_configurations_and_their_variants_are_read(path: Path, monke
     config = parsed(["fit", "--config", str(path)], monkeypatch)
     assert config.model.trainable == "last_block" and config.model.gamma == 1
     assert config.model.schedule.max_steps == config.trainer.max_steps <= 5000
-    assert len(variants(path)) == 7
-    for options in variants(path):
+    assert len(variants()) == 9
+    for options in variants():
         other = parsed(["fit", "--config", str(path), *options], monkeypatch)
         assert other != config, options
 
 
+@pytest.mark.parametrize("path", TRAINING_CONFIGS, ids=lambda path: path.stem)
+def test_no_value_stands_twice(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own, shared = (yaml.safe_load(file.read_text()) for file in (path, SHARED))
+    text = path.read_text().partition("model:\n")[2]
+    assert text.count("max_steps: ") == text.count("runs/dispersion/") + text.count("default_root_dir: runs/base") == 1
+    repeated = [(section, name) for section in own for name in own[section] if name in shared.get(section, {})]
+    assert repeated == []
+    config = parsed(["fit", "--config", str(path)], monkeypatch)
+    folder = config.trainer.default_root_dir
+    assert (str(config.export.folder), str(config.checkpoint.dirpath)) == (f"{folder}/model", f"{folder}/checkpoints")
+    assert config.checkpoint.save_last and config.trainer.gradient_clip_val == 1
+
+
 def test_every_regulariser_is_named_as_a_variant() -> None:
-    named = (ROOT / "configs" / "dispersion" / "pretix.yaml").read_text()
     from lightning_knnmt import dispersion
 
     concrete = [
@@ -75,29 +89,42 @@ def test_every_regulariser_is_named_as_a_variant() -> None:
         if isinstance(value, type) and issubclass(value, dispersion.Dispersion) and not value.__abstractmethods__
     ]  # fmt: skip
     assert len(concrete) == 9
+    named = SHARED.read_text() + (ROOT / "configs" / "dispersion" / "pretix.yaml").read_text()
     assert [name for name in concrete if name not in named] == []
 
 
-def test_the_pretix_configuration_trains_a_folder_that_loads(
-    tiny_folder_of: FolderOf, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+# NLLB's codes of the languages that its configuration names
+MODELS = {"wmt16_ro_en": ("nllb", ("--model.backbone.src_lang=deu_Latn",)), "wmt19_de_en": ("fsmt", ())}
+
+
+@pytest.mark.parametrize("path", TRAINING_CONFIGS, ids=lambda path: path.stem)
+def test_every_configuration_trains_two_steps_as_shipped_but_for_model_data_and_lists(
+    path: Path, tiny_folder_of: FolderOf, data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    short = (
-        "--trainer.max_steps=3",
-        "--model.schedule.max_steps=300",
-        "--model.schedule.decay_steps=0",
-        "--data.max_tokens=100",
-    )
-    small = ("--trainer.callbacks.init_args.nlist=4", "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1")
-    config = yaml.safe_load((ROOT / "configs" / "dispersion" / "pretix.yaml").read_text())
-    config["trainer"]["callbacks"][0]["init_args"]["nlist"] = 4
-    Path("pretix.yaml").write_text(yaml.safe_dump(config))
-    train.main(["fit", "--config=pretix.yaml", f"--model.model={tiny_folder_of('marian')}", *data, *short, *small[1:]])
-    exported = load_model("runs/dispersion/pretix/model", device="cpu")
-    assert not torch.equal(logits_of(exported), logits_of(load_model(str(tiny_folder_of("marian")), device="cpu")))
-    rows = logged(Path("runs/dispersion/pretix/lightning_logs/version_0"))
-    assert len(column(rows, "train/dispersion")) == 3 and len(column(rows, "val/imbalance_factor")) == 1
-    assert list(Path("runs/dispersion/pretix").rglob("val_list_sizes_*.png"))
+    name, languages = MODELS.get(path.stem, ("marian", ()))
+    model = tiny_folder_of(name)
+    config = yaml.safe_load(path.read_text())
+    for callback in [config["trainer"].get("callbacks")]:
+        if callback is not None:
+            callback["init_args"]["nlist"] = 4
+    if config["model"]["schedule"].get("decay_steps"):
+        config["model"]["schedule"]["decay_steps"] = 1
+    config["model"]["schedule"]["warmup_steps"] = 1
+    Path("own.yaml").write_text(yaml.safe_dump(config))
+    short = ("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--data.max_tokens=60")
+    train.main(["fit", "--config=own.yaml", f"--model.backbone.model={model}", *languages, *data, *short])
+    folder = Path(config["trainer"]["default_root_dir"])
+    options = {"src_lang": "deu_Latn", "tgt_lang": "eng_Latn"} if name == "nllb" else {}
+    before, after = (load_model(str(made), device="cpu", **options) for made in (model, folder / "model"))
+    assert not torch.equal(logits_of(after), logits_of(before))
+    rows = logged(folder / "lightning_logs" / "version_0")
+    assert len(column(rows, "val/loss")) == 1
+    if path in DISPERSION_CONFIGS:
+        assert len(column(rows, "val/imbalance_factor")) == 1
+        assert list(folder.rglob("val_list_sizes_*.png"))
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 2 and last["hyper_parameters"]["backbone"]["model"] == str(model)
 
 
 # ---- sweeps
@@ -127,15 +154,12 @@ def test_every_value_of_the_sweep_makes_a_command_line_that_is_read(name: str, m
 def test_a_command_of_the_sweep_runs_and_logs_to_wandb(
     tiny_folder_of: FolderOf, data: list[str], tmp_path: Path
 ) -> None:
-    options = (
-        "--trainer.max_steps=2",
-        "--trainer.accelerator=cpu",
-        "--trainer.callbacks.nlist=4",
-        "--data.max_tokens=100",
-    )
-    command = [*sweep_command(), f"--model.model={tiny_folder_of('marian')}", *data, *options]
+    steps = ("--trainer.max_steps=2", "--model.schedule.warmup_steps=1", "--model.schedule.decay_steps=1")
+    options = (*steps, "--trainer.accelerator=cpu", "--trainer.callbacks.nlist=4", "--data.max_tokens=100")
+    command = [*sweep_command(), f"--model.backbone.model={tiny_folder_of('marian')}", *data, *options]
     command += [f"--trainer.logger.save_dir={tmp_path}", f"--trainer.default_root_dir={tmp_path}"]
     environment = {**os.environ, "WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, timeout=300, cwd=ROOT, env=environment)
     (run,) = (tmp_path / "wandb").glob("offline-run-*")
     assert list(run.glob("*.wandb"))
+    assert not (tmp_path / "model").exists() and not list(tmp_path.rglob("*.ckpt")), "no run of a sweep writes a model"

@@ -16,7 +16,8 @@ from tiny_models import ENGLISH, GERMAN
 import translate
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.decoding import Decoding, Translator
-from lightning_knnmt.index.memory import KnnSettings, open_search
+from lightning_knnmt.index.memory import open_memory
+from lightning_knnmt.knn.settings import KnnSettings
 
 
 class Stdin:
@@ -36,9 +37,9 @@ def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
 def expected(domain: Domain) -> Iterator[Callable[[list[str]], list[str]]]:
     """Translations by the tuned settings."""
     backbone = load_model(str(domain.model), device="cpu")
-    with open_search(backbone, domain.root / "store") as search:
-        settings = KnnSettings(**domain.results["settings"]["knn"])
-        yield lambda sources: search.translator(settings, Decoding(**DECODING)).translate(sources).texts
+    with open_memory(domain.root / "store") as memory:
+        mixture = KnnSettings(**domain.results["settings"]["knn"]).open(backbone, memory)
+        yield lambda sources: Translator(backbone, mixture, Decoding(**DECODING)).translate(sources).texts
 
 
 def test_translate_takes_the_config_that_evaluate_wrote_and_gives_its_translations(
@@ -77,7 +78,8 @@ def test_without_a_datastore_it_is_the_plain_model_from_file_to_file(domain: Dom
     (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in GERMAN), encoding="utf-8")
     args = ("--backbone.model", domain.model, "--backbone.device", "cpu", "--decoding.max_new_tokens", "9")
     run(translate.translate, *args, "--input", tmp_path / "in.txt", "--output", tmp_path / "out.txt")
-    plain = Translator(load_model(str(domain.model), device="cpu"), Decoding(max_new_tokens=9)).translate(GERMAN).texts
+    backbone = load_model(str(domain.model), device="cpu")
+    plain = Translator(backbone, decoding=Decoding(max_new_tokens=9)).translate(GERMAN).texts
     assert (tmp_path / "out.txt").read_text(encoding="utf-8").splitlines() == plain
 
 

@@ -8,6 +8,7 @@ from tiny_stores import clumpy_keys, write_store
 
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.building.verify import verify
+from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.index.config import IndexConfig
 
 FILES = (
@@ -74,3 +75,19 @@ def test_an_index_of_another_datastore_is_found(folder: Path, tmp_path: Path) ->
     assert [str(problem) for problem in verify(tmp_path / "store")] == [
         "index.json belongs to another datastore; build the index again"
     ]
+
+
+def test_only_what_the_manifest_and_descriptions_name_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A list of removed entries may be gone at any moment after another has taken its place."""
+    Removed.of(np.array([0]), np.array([1])).save(folder, "removed-1.json")
+    (folder / "notes.json").write_text("{}")
+    read, read_bytes = [], Path.read_bytes
+
+    def noted(path: Path) -> bytes:
+        read.append(path.name)
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", noted)
+    assert verify(folder) == []
+    assert "removed-1.json" not in read
+    (folder / "removed-1.json").unlink()

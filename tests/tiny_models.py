@@ -9,6 +9,8 @@ from typing import Any
 
 import sentencepiece
 import torch
+from scratch_model import ModelShape, init_model
+from tiny_firefox import ship
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
@@ -45,7 +47,9 @@ from transformers import (
 from transformers.models.mbart.tokenization_mbart import FAIRSEQ_LANGUAGE_CODES as MBART_CODES
 from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CODES as MBART50_CODES
 
-from lightning_knnmt.backbone.scratch import ModelShape, init_model
+from lightning_knnmt.backbone.firefox.importing import write_folder
+from lightning_knnmt.backbone.firefox.model_card import Provenance
+from lightning_knnmt.backbone.firefox.shipped_files import ShippedFiles
 
 GERMAN = [
     "Der Drucker ist nicht bereit.",
@@ -316,6 +320,22 @@ def make_fsmt(out: Path) -> None:
     save(FSMTForConditionalGeneration(config), tokenizer, out)
 
 
+def make_firefox(out: Path, target_texts: list[str] | None = None) -> None:
+    """A Firefox Translations model, imported from the files that it ships as; two vocabularies with target texts."""
+    raw = _raw(out)
+    one = target_texts is None
+    ship(raw, GERMAN + ENGLISH if one else GERMAN, target_texts, seed=3 if one else 5)
+    out.mkdir()
+    write_folder(ShippedFiles.of(raw), Provenance("a test"), out, positions=POSITIONS)
+    generation = json.loads((out / "generation_config.json").read_text())
+    write_json(out / "generation_config.json", generation | {"max_new_tokens": 12})
+
+
+def make_firefox_two_vocabularies(out: Path) -> None:
+    """One with a vocabulary for each language."""
+    make_firefox(out, ENGLISH)
+
+
 TINY_FAMILIES: dict[str, TinyFamily] = {
     "marian": TinyFamily(make_marian),
     "marian_scratch": TinyFamily(make_marian_scratch),
@@ -329,4 +349,6 @@ TINY_FAMILIES: dict[str, TinyFamily] = {
     "bart": TinyFamily(make_bart),
     "pegasus": TinyFamily(make_pegasus),
     "fsmt": TinyFamily(make_fsmt),
+    "firefox": TinyFamily(make_firefox),
+    "firefox_two_vocabularies": TinyFamily(make_firefox_two_vocabularies),
 }

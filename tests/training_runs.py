@@ -28,18 +28,16 @@ def fit(folder: Path, model: Path, data: list[str], *options: str, steps: int = 
     """Train by the command line and return the rows that were logged; the last weights are in `folder`/model."""
     arguments = [
         "fit",
-        f"--model.model={model}",
+        f"--model.backbone.model={model}",
         *("--model.schedule.lr=0.01", "--model.schedule.warmup_steps=1", "--data.max_tokens=100"),
         *data,
         *(f"--trainer.max_steps={steps}", "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=1"),
         *("--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"),
-        *("--trainer.num_sanity_val_steps=0", "--trainer.use_distributed_sampler=false", "--seed_everything=3"),
+        *("--trainer.num_sanity_val_steps=0", "--trainer.gradient_clip_val=null", "--seed_everything=3"),
         *("--trainer.logger=CSVLogger", f"--trainer.logger.save_dir={folder}"),
-        *("--trainer.logger.name=", "--trainer.logger.version="),
-        *("--trainer.callbacks+=ModelCheckpoint", f"--trainer.callbacks.dirpath={folder}/checkpoints"),
-        *("--trainer.callbacks.filename={step}", "--trainer.callbacks.every_n_train_steps=1"),
-        *("--trainer.callbacks.save_top_k=-1", "--trainer.callbacks+=lightning_knnmt.training.ExportBackbone"),
-        *(f"--trainer.callbacks.folder={folder}/model", "--trainer.callbacks.monitor=null"),
+        *("--trainer.logger.name=", "--trainer.logger.version=", f"--trainer.default_root_dir={folder}"),
+        *("--checkpoint.filename={step}", "--checkpoint.every_n_train_steps=1", "--checkpoint.save_top_k=-1"),
+        "--export.monitor=null",
         *options,
     ]  # fmt: skip
     train.main(arguments)

@@ -26,8 +26,8 @@ class BackboneConfig:
         dtype: Type of the weights.
         device: `auto`: the GPU if there is one.
         src_prefix: Put before every source, such as T5's `translate German to English: `.
-        sentences: Languages, such as `en-pt`, by whose rules texts are cut into sentences that are translated and
-            stored one by one; `auto`: as the model's family is used to; `none`: texts are taken whole.
+        sentences: Languages, such as `en-pt`, by whose rules texts are cut into sentences, each translated and stored
+            alone; `auto`: as the model's family is used to; `none`: texts are taken whole.
         model_class: Class path of a `KeyedModel` of your own, made with this configuration; None: chosen by the model.
     """
 

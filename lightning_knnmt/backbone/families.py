@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from lightning_knnmt.backbone import firefox  # noqa: F401, makes the family known to Hugging Face's Auto classes
 from lightning_knnmt.backbone.gguf import is_gguf
 from lightning_knnmt.backbone.tokenization import FSMTTokenizer
 from lightning_knnmt.data.sentences import SentenceSplitter
@@ -99,6 +100,7 @@ _LIKE_LLAMA = Family(
 
 FAMILIES: dict[str, Family] = {
     "bart": _like_bart(final_norm=_last_blocks_norm),
+    "firefox": _like_bart(final_norm=_last_blocks_norm),
     "marian": _like_bart(final_norm=_last_blocks_norm),
     "m2m_100": _like_bart(final_norm=_norm_behind_blocks),
     "mbart": _like_bart(final_norm=_norm_behind_blocks),  # and mBART-50

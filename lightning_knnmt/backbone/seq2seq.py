@@ -14,6 +14,7 @@ from lightning_knnmt.backbone.keyed_model import TokenIds
 from lightning_knnmt.backbone.languages import check_target_prefix, decoder_start, set_languages
 from lightning_knnmt.backbone.pretrained import PretrainedModel
 from lightning_knnmt.backbone.tokenization import token_ids
+from lightning_knnmt.checks import check_texts
 
 
 class Seq2SeqModel(PretrainedModel):
@@ -42,6 +43,7 @@ class Seq2SeqModel(PretrainedModel):
 
     def tokenize(self, sources: Sequence[str], targets: Sequence[str] | None = None) -> TokenIds:
         """Token ids of sources and, where given, of targets; what is longer than the positions is cut and counted."""
+        check_texts(sources=sources, targets=targets)
         prefixed = [self.config.src_prefix + text for text in sources]
         src, cut = token_ids(self.tokenizer, "text", prefixed, self.position_limit)
         if targets is None:

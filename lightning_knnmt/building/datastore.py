@@ -6,7 +6,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,49 +13,22 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
-from lightning_knnmt.backbone.tokenization import token_ids
-from lightning_knnmt.building.encoder import TOKENIZED_AT_ONCE, Item, cut, items_of, one_ahead, write_shard
-from lightning_knnmt.building.leftovers import remove_leftovers
+from lightning_knnmt.building.config import DatastoreConfig
+from lightning_knnmt.building.encoder import TOKENIZED_AT_ONCE, Item, Tokenized, cut, one_ahead, write_shard
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, ReadReport, read_pairs
-from lightning_knnmt.datastore.manifest import BUILDING, FILE_NAME, Manifest, Provenance, ShardInfo, finish_building
+from lightning_knnmt.datastore.manifest import Manifest, Provenance, ShardInfo, finish_building
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import file_sha256, sync_folder
+from lightning_knnmt.storage.layout import BUILDING, MANIFEST, remove_others
 from lightning_knnmt.storage.lock import only_writer
 from lightning_knnmt.storage.ranks import Ranks
+
+__all__ = ["DatastoreBuild", "DatastoreConfig", "build_datastore", "corpus_sha256", "encode_rest"]
 
 log = logging.getLogger(__name__)
 
 ENCODING_LIBRARIES = ("torch", "transformers", "tokenizers", "h5py")  # another version may give other bytes
-
-
-@dataclass(frozen=True)
-class DatastoreConfig:
-    """How a datastore is built.
-
-    Attributes:
-        folder: Where it goes.
-        corpus: The parallel corpus; `train.jsonl` of `prepare_data.py`, or any format that the readers know.
-        max_tokens: Most tokens of a batch on either side, padding counted.
-        max_padding: Largest share of a shard's batches that may be padding; less makes more and smaller batches.
-        shard_entries: Most entries of a shard, if one pair has no more; the sentences of two shards are held in memory.
-        overwrite: Replace a datastore that was built from something else; otherwise that is an error.
-    """
-
-    folder: Path
-    corpus: CorpusFile
-    max_tokens: int = 8192
-    max_padding: float = 0.04
-    shard_entries: int = 1 << 20
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens is {self.max_tokens}, expected 1 or more")
-        if not 0 <= self.max_padding <= 1:
-            raise ValueError(f"max_padding is {self.max_padding}, expected 0 to 1")
-        if self.shard_entries < 1:
-            raise ValueError(f"shard_entries is {self.shard_entries}, expected 1 or more")
 
 
 @dataclass(frozen=True)
@@ -67,26 +39,28 @@ class DatastoreBuild:
         manifest: Of the whole datastore.
         encoded: Entries that were encoded now, by all processes; what earlier runs have left is not counted.
         kept: Whether the whole datastore was there before.
+        cut: Texts encoded now that were longer than the model's positions and were cut.
     """
 
     manifest: Manifest
     encoded: int
     kept: bool
+    cut: int = 0
 
 
-def build_datastore(backbone: KeyedModel, config: DatastoreConfig, ranks: Ranks = Ranks()) -> DatastoreBuild:
+def build_datastore(model: KeyedModel, config: DatastoreConfig, ranks: Ranks = Ranks()) -> DatastoreBuild:
     """Write keys and values of every target token of a corpus.
 
     A datastore that is already there is kept if the same model, tokenizer, key type and corpus would make it again.
     One that was begun is continued after its last whole shard, which is one whose checksum fits: `building.json` is its
     manifest so far, and is renamed to `manifest.json` when nothing is missing. One that is replaced is gone from the
-    moment encoding begins.
+    moment encoding begins; only then is the corpus read through before, so that a malformed one shows in time.
 
     Several ranks write whole shards in turn: which pairs a shard holds does not depend on how many there are, so the
     bytes are those that one process writes, and another number of processes can continue.
 
     Args:
-        backbone: Whose states become the keys.
+        model: Whose states become the keys.
         config: Corpus, folder and sizes.
         ranks: This process's place among those that build together, each of which calls this function.
 
@@ -96,16 +70,17 @@ def build_datastore(backbone: KeyedModel, config: DatastoreConfig, ranks: Ranks 
     Raises:
         DatastoreError: The folder holds a datastore made from something else, another process writes to it, a file
             could not be written, or a key is not finite in fp16; also if this goes wrong for another rank.
+        MalformedCorpusError: The corpus holds something that is no pair; what was encoded before it is kept.
     """
     folder = config.folder
     planned = Manifest(
-        provenance=Provenance.of(backbone),
+        provenance=Provenance.of(model),
         corpus=config.corpus.path.name,
         corpus_sha256=corpus_sha256(config.corpus),
         reading=_reading(config.corpus),
         shard_entries=config.shard_entries,
         shards=(),
-        encoding=_encoding(backbone, config),
+        encoding=_encoding(model, config),
     )
     for rank, other in enumerate(ranks.each(lambda: planned)):
         if differences := _differences(other, planned, to_the_bit=True):
@@ -117,84 +92,92 @@ def build_datastore(backbone: KeyedModel, config: DatastoreConfig, ranks: Ranks 
     with only_writer(folder, ranks):
         if (kept := ranks.first(find)) is not None:  # another process has just made it
             return DatastoreBuild(kept, 0, kept=True)
-        begun = ranks.first(lambda: _begun(planned, config))
-        total, shards = _shards(backbone, config, begun.pairs, ranks)  # malformed input shows before anything is lost
+        begun, replaces = ranks.first(lambda: _begun(planned, config))
+        spans = None if ranks.size == 1 else _spans(model, config, begun.pairs, ranks)
+        if spans is None and replaces:
+            for _ in read_pairs(config.corpus):
+                pass
 
         def begin() -> None:
             begun.save(folder, BUILDING)
-            (folder / FILE_NAME).unlink(missing_ok=True)
+            (folder / MANIFEST).unlink(missing_ok=True)
             sync_folder(folder)
-            remove_leftovers(folder, begun)
+            remove_others(folder, [shard.file for shard in begun.shards])
 
         ranks.first(begin)
-        manifest = encode_rest(backbone, config, begun, total, shards, ranks)
+        report = ReadReport()
+        numbered = enumerate(model.split_pairs(read_pairs(config.corpus, report)))
+        if spans is None:  # shards are cut while their pairs are read
+            tokenized = Tokenized(model, islice(numbered, begun.pairs, None))
+            shards = cut(tokenized, lambda item: len(item.tgt), config.shard_entries)
+        else:
+            tokenized = Tokenized(model, _pairs_of(numbered, spans[ranks.rank :: ranks.size]))
+            shards = _cut_at(iter(tokenized), spans[ranks.rank :: ranks.size])
+        total = None if spans is None else spans[-1].stop if spans else begun.pairs
+        manifest = encode_rest(model, config, begun, total, shards, ranks)
         ranks.first(lambda: finish_building(folder))
+        cut_texts = sum(ranks.each(lambda: tokenized.cut))
+    if spans is None:
+        log.info("%s: %s", config.corpus.path, report)
     log.info("%s: %d entries of %d pairs in %d shards", folder, manifest.entries, manifest.pairs, len(manifest.shards))
-    return DatastoreBuild(manifest, manifest.entries - begun.entries, kept=False)
+    return DatastoreBuild(manifest, manifest.entries - begun.entries, kept=False, cut=cut_texts)
 
 
-def _shards(
-    backbone: KeyedModel, config: DatastoreConfig, first: int, ranks: Ranks
-) -> tuple[int, Iterator[list[Item]]]:
-    """How many pairs the corpus has, and those of each shard, from the first pair on, that falls to this rank.
+def _spans(model: KeyedModel, config: DatastoreConfig, first: int, ranks: Ranks) -> list[range]:
+    """The pairs of each shard that is missing, from the first pair on.
 
-    One process cuts shards while it tokenizes. Several must know where shards begin before they can share them out.
+    Several processes must know where shards begin before they can share them out: each reads the corpus once for that,
+    tokenizes every so many-th block of it, and tells the others how many entries its pairs have.
     """
     report = ReadReport()
-    if ranks.size == 1:
-        total = sum(1 for _ in read_pairs(config.corpus, report))
-        rest = items_of(backbone, islice(enumerate(read_pairs(config.corpus)), first, None))
-        shards = cut(rest, lambda item: len(item.tgt), config.shard_entries)
-    else:
-        lengths = _target_lengths(backbone, islice(read_pairs(config.corpus, report), first, None), ranks)
-        total = first + len(lengths)
-        groups = cut(range(first, total), lambda number: int(lengths[number - first]), config.shard_entries)
-        spans = [range(group[0], group[-1] + 1) for group in groups]
-        if len(spans) < ranks.size:
-            log.warning(
-                "%d shards of up to %d entries leave some of %d processes idle; ask for fewer shard_entries",
-                len(spans), config.shard_entries, ranks.size,
-            )  # fmt: skip
-        shards = _items_of_spans(backbone, read_pairs(config.corpus), spans[ranks.rank :: ranks.size])
-    log.info("%s: %s", config.corpus.path, report)
-    return total, shards
-
-
-def _target_lengths(backbone: KeyedModel, pairs: Iterator[Pair], ranks: Ranks) -> NDArray[np.int32]:
-    """Target tokens of each pair, to which every rank contributes blocks."""
+    pairs = islice(model.split_pairs(read_pairs(config.corpus, report)), first, None)
     own = []
     for number, rows in enumerate(iter(lambda: list(islice(pairs, TOKENIZED_AT_ONCE)), [])):
         if number % ranks.size == ranks.rank:
-            targets = [pair.tgt for pair in rows]
-            tokens, _ = token_ids(backbone.tokenizer, "text_target", targets, backbone.position_limit)
-            own.append(np.array([len(row) for row in tokens], np.int32))
-    told = ranks.each(lambda: own)
+            ids = model.tokenize([pair.src for pair in rows], [pair.tgt for pair in rows])
+            own.append(np.array([len(row) for row in ids.tgt], np.int32))
+    told: list[list[NDArray[np.int32]]] = ranks.each(lambda: own)
     blocks = [told[number % ranks.size][number // ranks.size] for number in range(sum(map(len, told)))]
-    return np.concatenate([np.empty(0, np.int32), *blocks])
+    lengths = np.concatenate([np.empty(0, np.int32), *blocks])
+    groups = cut(range(len(lengths)), lambda row: int(lengths[row]), config.shard_entries)
+    spans = [range(first + group[0], first + group[-1] + 1) for group in groups]
+    log.info("%s: %s", config.corpus.path, report)
+    if len(spans) < ranks.size:
+        log.warning(
+            "%d shards of up to %d entries leave some of %d processes idle; ask for fewer shard_entries",
+            len(spans), config.shard_entries, ranks.size,
+        )  # fmt: skip
+    return spans
 
 
-def _items_of_spans(backbone: KeyedModel, pairs: Iterator[Pair], spans: list[range]) -> Iterator[list[Item]]:
-    numbered, position = enumerate(pairs), 0
+def _pairs_of(numbered: Iterator[tuple[int, Pair]], spans: list[range]) -> Iterator[tuple[int, Pair]]:
+    """The numbered pairs of some spans."""
+    position = 0
     for span in spans:
-        yield list(items_of(backbone, islice(numbered, span.start - position, span.stop - position)))
+        yield from islice(numbered, span.start - position, span.stop - position)
         position = span.stop
 
 
+def _cut_at(items: Iterator[Item], spans: list[range]) -> Iterator[list[Item]]:
+    for span in spans:
+        yield list(islice(items, len(span)))
+
+
 def encode_rest(
-    backbone: KeyedModel,
+    model: KeyedModel,
     config: DatastoreConfig,
     begun: Manifest,
-    total: int,
+    total: int | None,
     shards: Iterator[list[Item]],
-    ranks: Ranks,
+    ranks: Ranks = Ranks(),
 ) -> Manifest:
     """Add the missing shards, of which each rank writes one in every round.
 
     Args:
-        backbone: The model.
+        model: The model.
         config: Folder and sizes.
         begun: What there is; grows in `building.json`.
-        total: Pairs of the whole datastore.
+        total: Pairs of the whole datastore, where that is known before they are read.
         shards: The pairs of each further shard that falls to this rank.
         ranks: This process's place.
     """
@@ -205,7 +188,7 @@ def encode_rest(
         if (items := next(ahead, None)) is None:
             return None
         path = folder / begun.next_shard(ranks.rank)
-        write_shard(backbone, items, path, config.max_tokens, config.max_padding, progress.update)
+        write_shard(model, items, path, config.max_tokens, config.max_padding, progress.update)
         return ShardInfo(path.name, sum(len(item.tgt) for item in items), len(items), file_sha256(path))
 
     with (
@@ -223,7 +206,7 @@ def encode_rest(
 def _kept(planned: Manifest, config: DatastoreConfig) -> Manifest | None:
     """The whole datastore that makes building needless; None if there is none."""
     folder = config.folder
-    if not (folder / FILE_NAME).exists():
+    if not (folder / MANIFEST).exists():
         return None
     try:
         existing = Manifest.load(folder)
@@ -247,10 +230,11 @@ def _kept(planned: Manifest, config: DatastoreConfig) -> Manifest | None:
     return existing
 
 
-def _begun(planned: Manifest, config: DatastoreConfig) -> Manifest:
-    """The plan with the whole shards that an earlier run of it has left."""
+def _begun(planned: Manifest, config: DatastoreConfig) -> tuple[Manifest, bool]:
+    """The plan with the whole shards that an earlier run of it has left, and whether others are to be replaced."""
     folder = config.folder
-    for name in (BUILDING, FILE_NAME):
+    replaces = (folder / MANIFEST).exists()
+    for name in (BUILDING, MANIFEST):
         try:
             previous = Manifest.load(folder, name)
         except DatastoreError as error:
@@ -261,13 +245,14 @@ def _begun(planned: Manifest, config: DatastoreConfig) -> Manifest:
             continue
         if differences := _differences(previous, planned, to_the_bit=True):
             _replace_only_if_asked(f"{folder} holds {len(previous.shards)} shards of another plan", differences, config)
+            replaces = True
             continue
         whole = 0
         while whole < len(previous.shards) and previous.shards[whole].is_whole(folder):
             whole += 1
         log.info("%s: %d shards are there and are kept", folder, whole)
-        return replace(planned, shards=previous.shards[:whole])
-    return planned
+        return replace(planned, shards=previous.shards[:whole]), replaces
+    return planned, replaces
 
 
 def _replace_only_if_asked(what: str, differences: list[str], config: DatastoreConfig) -> None:
@@ -289,10 +274,9 @@ def _reading(corpus: CorpusFile) -> dict[str, Any]:
     return {"format": corpus.file_format, **{name: getattr(corpus, name) for name in names}}
 
 
-def _encoding(backbone: KeyedModel, config: DatastoreConfig) -> dict[str, Any]:
-    dtype = str(backbone.output_projection.weight.dtype).removeprefix("torch.")
-    device = backbone.device.type
-    return {"max_tokens": config.max_tokens, "max_padding": config.max_padding, "dtype": dtype, "device": device}
+def _encoding(model: KeyedModel, config: DatastoreConfig) -> dict[str, Any]:
+    sizes = {"max_tokens": config.max_tokens, "max_padding": config.max_padding}
+    return {**sizes, "dtype": model.dtype, "device": model.device.type}
 
 
 def _differences(existing: Manifest, planned: Manifest, to_the_bit: bool = False) -> list[str]:

@@ -35,13 +35,28 @@ class Item:
     tgt: list[int]
 
 
-def items_of(backbone: KeyedModel, pairs: Iterator[tuple[int, Pair]]) -> Iterator[Item]:
-    """Tokenize numbered pairs in their order, a block at a time."""
-    while rows := list(islice(pairs, TOKENIZED_AT_ONCE)):
-        ids = backbone.tokenize([pair.src for _, pair in rows], [pair.tgt for _, pair in rows])
-        for (number, pair), src, tgt in zip(rows, ids.src, ids.tgt, strict=True):
-            yield Item(number, pair, src, tgt)
-        del rows, ids, pair
+class Tokenized:
+    """Numbered pairs with their tokens, in their order, a block at a time.
+
+    Args:
+        model: Whose tokens.
+        pairs: The pairs and their numbers in the corpus.
+
+    Attributes:
+        cut: Texts so far that were longer than the model's positions and were cut.
+    """
+
+    def __init__(self, model: KeyedModel, pairs: Iterable[tuple[int, Pair]]) -> None:
+        self.model, self.pairs = model, iter(pairs)
+        self.cut = 0
+
+    def __iter__(self) -> Iterator[Item]:
+        while rows := list(islice(self.pairs, TOKENIZED_AT_ONCE)):
+            ids = self.model.tokenize([pair.src for _, pair in rows], [pair.tgt for _, pair in rows])
+            self.cut += ids.cut
+            for (number, pair), src, tgt in zip(rows, ids.src, ids.tgt, strict=True):
+                yield Item(number, pair, src, tgt)
+            del rows, ids, pair
 
 
 def cut(items: Iterable[T], entries_of: Callable[[T], int], shard_entries: int) -> Iterator[list[T]]:
@@ -74,7 +89,7 @@ def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
 
 
 def write_shard(
-    backbone: KeyedModel,
+    model: KeyedModel,
     items: list[Item],
     path: Path,
     max_tokens: int,
@@ -88,16 +103,16 @@ def write_shard(
     """
     entries = sum(len(item.tgt) for item in items)
     batches = box_batches([len(item.src) for item in items], [len(item.tgt) for item in items], max_tokens, max_padding)
-    padded = one_ahead(_padded([items[number] for number in numbers], backbone.pad_id) for numbers in batches)
+    padded = one_ahead(_padded([items[number] for number in numbers], model.pad_id) for numbers in batches)
     with (
-        ShardWriter(path, entries, len(items), backbone.key_size) as writer,
+        ShardWriter(path, entries, len(items), model.key_size) as writer,
         ThreadPoolExecutor(1, "write") as thread,
         closing(padded),
         torch.inference_mode(),
     ):
         unwritten: deque[Future[None]] = deque()
         for rows, batch, tokens in padded:
-            keys = backbone.keys(batch.to(backbone.device, non_blocking=True)).flatten(0, 1)  # [B, T, D] -> [B * T, D]
+            keys = model.keys(batch.to(model.device, non_blocking=True)).flatten(0, 1)  # [B, T, D] -> [B * T, D]
             keys = keys[tokens.to(keys.device, non_blocking=True)].to(torch.float16)
             unwritten.append(thread.submit(_write, writer, rows, keys, keys.isfinite().all()))
             if len(unwritten) > UNWRITTEN:

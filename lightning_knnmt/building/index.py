@@ -1,31 +1,31 @@
 """From the keys of a datastore to an index over them."""
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lightning_knnmt.building.parts import Parts, part_ranges, remove_parts
-from lightning_knnmt.building.trained import Trained, Training, load_trained, remove_trained, save_trained
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.manifest import read_manifest
 from lightning_knnmt.index.balance import homogeneity, imbalance_factor
-from lightning_knnmt.index.config import IndexConfig, choose_factory
-from lightning_knnmt.index.factory import check_sample, default_train_points, make_index, refusing
-from lightning_knnmt.index.faiss_index import FaissIndex, find_ivf, read_index, write_index
-from lightning_knnmt.index.gpu import Gpus, adder, assigning, find_gpus
+from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.index.factory import RawIndex, refusing
+from lightning_knnmt.index.faiss_index import FaissIndex, read_index, write_index
+from lightning_knnmt.index.gpu import Gpus, adder, find_gpus
 from lightning_knnmt.index.merging import clear_padding, merge, reserve
 from lightning_knnmt.index.report import IndexPart, IndexReport
-from lightning_knnmt.index.splitting import give_centroids
+from lightning_knnmt.index.training import Trained, Training, train
+from lightning_knnmt.storage.artifact import CHECKSUM, Artifact
 from lightning_knnmt.storage.errors import DatastoreError
-from lightning_knnmt.storage.layout import description_file, generation_name, index_file, part_file
+from lightning_knnmt.storage.files import link_or_copy
+from lightning_knnmt.storage.layout import generation_name, index_file, part_file, remove_unfinished, trained_file
 from lightning_knnmt.storage.lock import only_writer
 from lightning_knnmt.storage.ranks import Ranks
 from lightning_knnmt.timing import Spans
@@ -47,17 +47,18 @@ def build_index(datastore: Datastore, config: IndexConfig, ranks: Ranks = Ranks(
             part.
 
     Returns:
-        What was built and how evenly it is filled.
+        The description of what was built.
 
     Raises:
         DatastoreError: An index of that name was built with other settings, another process writes to the datastore's
             folder, or a file could not be written.
         ValueError: FAISS does not know the factory string, or it does not fit the keys.
     """
-    build = IndexBuild(datastore, config, plan_training(datastore, config, len(datastore)), ranks)
+    build = IndexBuild(datastore, config, Training.plan(datastore, config, len(datastore)), ranks)
     if (kept := ranks.first(build.kept)) is not None:  # before the lock: it may be in a folder for reading only
         return kept
-    build.check()
+    find_gpus(config.device)  # a GPU that is asked for and not there shows before anything is done
+    build.training.check(len(datastore))
     with only_writer(datastore.folder, ranks):
         if (kept := ranks.first(build.kept)) is not None:  # another process has just made it
             return kept
@@ -66,15 +67,25 @@ def build_index(datastore: Datastore, config: IndexConfig, ranks: Ranks = Ranks(
         return build.make()
 
 
-def plan_training(datastore: Datastore, config: IndexConfig, entries: int) -> Training:
-    """What is trained, and on what, for a number of entries.
+def part_ranges(shards: Sequence[int], least: int) -> list[range]:
+    """The entries of each part: those of whole shards, until there are enough; at least one part.
 
-    Raises:
-        ValueError: FAISS does not know the factory string, or it does not fit the keys.
+    Args:
+        shards: Entries of each shard.
+        least: Least number of entries of a part, but for the last.
+
+    >>> part_ranges([5, 5, 5, 5, 5], 10)
+    [range(0, 10), range(10, 20), range(20, 25)]
     """
-    factory = choose_factory(entries, datastore.key_size) if config.factory == "auto" else config.factory
-    points = min(_train_points(make_index(factory, datastore.key_size), config), entries)
-    return Training(factory, datastore.key_size, points, config.seed, config.split_lists, datastore.fingerprint)
+    ranges, start, stop = [], 0, 0
+    for entries in shards:
+        stop += entries
+        if stop - start >= least:
+            ranges.append(range(start, stop))
+            start = stop
+    if start < stop or not ranges:
+        ranges.append(range(start, stop))
+    return ranges
 
 
 @dataclass(frozen=True)
@@ -92,12 +103,12 @@ class IndexBuild:
     datastore: Datastore
     config: IndexConfig
     training: Training
-    ranks: Ranks
+    ranks: Ranks = Ranks()
     spans: Spans = field(default_factory=Spans)
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """The name of its files, with the datastore's generation."""
         return generation_name(self.config.name, self.datastore.manifest.generation)
 
     @property
@@ -105,43 +116,23 @@ class IndexBuild:
         """NAME.faiss."""
         return index_file(self.datastore.folder, self.name)
 
-    @property
-    def description(self) -> Path:
-        """NAME.json."""
-        return description_file(self.datastore.folder, self.name)
+    def part(self, number: int) -> Artifact:
+        """The file of a part, with the description that it has while others are missing."""
+        return Artifact(part_file(self.datastore.folder, self.name, number))
 
     @cached_property
-    def adding(self) -> Gpus | None:
+    def gpus(self) -> Gpus | None:
         """The GPUs that this process adds keys with, kept for all parts; None: the CPU."""
         gpus = find_gpus(self.config.device)
         return None if gpus is None else gpus.share(self.ranks.rank, self.ranks.size)
 
-    def check(self) -> None:
-        """Refuse to train more lists than there are points, or on GPUs that are not there.
-
-        Raises:
-            ValueError: There are fewer points than lists, or no GPU where one is asked for.
-        """
-        find_gpus(self.config.device)
-        factory = self.training.factory
-        index = make_index(factory, self.training.key_size)
-        check_sample(index, factory, self.training.train_points, len(self.datastore))
-
-    def make(self) -> IndexReport:
-        """Train, add and write, whatever is there."""
-        index = make_index(self.training.factory, self.training.key_size)
-        ranges = part_ranges([shard.entries for shard in self.datastore.manifest.shards], self.config.part_entries)
-        can_merge = find_ivf(index) is not None  # FAISS cannot append one graph to another
-        if self.config.layout == "shards" or (can_merge and len(ranges) > 1):
-            return self.in_parts(index, ranges)
-        return self.ranks.first(lambda: self.whole(index))
-
     def kept(self) -> IndexReport | None:
-        """What is said of the index that makes building needless; None if there is none."""
-        if not self.path.exists() or not self.description.exists():
+        """The description of the index that makes building needless; None if there is none."""
+        description = Artifact(self.path).description
+        if not self.path.exists() or not description.exists():
             return None
         try:
-            existing = IndexReport.load(self.description)
+            existing = IndexReport.load(description)
         except DatastoreError as error:
             log.warning("%s", error)
             return None
@@ -150,13 +141,13 @@ class IndexBuild:
         if (damaged := existing.damaged(self.path)) is not None:
             log.warning("%s is damaged; it is built again", damaged)
             return None
-        training = plan_training(self.datastore, self.config, existing.trained_entries)
+        training = Training.plan(self.datastore, self.config, existing.trained_entries)
         wanted = {name: getattr(training, name) for name in ("factory", "train_points", "seed", "split_lists")}
         wanted["layout"] = self.config.layout
         there = {name: getattr(existing, name) for name in wanted}
         differences = [f"{name} {there[name]} against {wanted[name]}" for name in wanted if there[name] != wanted[name]]
         if not differences:
-            self.clean(existing)  # the process may have been killed just before it did
+            self._remove_unfinished(existing)  # the process may have been killed just before it did
             log.info("%s is already built: %s over %d entries", self.path, existing.factory, existing.entries)
             return existing
         if not self.config.overwrite:
@@ -166,28 +157,35 @@ class IndexBuild:
             )
         return None
 
-    def whole(self, index: faiss.Index) -> IndexReport:
-        """Add all entries to one index."""
-        index = self._trained(index).index
-        self.add(index, self.datastore.key_chunks(self.config.chunk), len(self.datastore))
-        return self._finish(index)
+    def make(self) -> IndexReport:
+        """Train, add all keys, write and describe the index, whatever is there.
 
-    def in_parts(self, index: faiss.Index, ranges: list[range]) -> IndexReport:
-        """Add the entries of each part to an index of its own, and merge these if asked for."""
+        In several parts, each process adds the keys of every so many-th part to an index of its own, which starts as
+        the trained one; these are kept, or merged in the end. A part that an earlier run has left is not made again.
+        """
+        ranges = part_ranges([shard.entries for shard in self.datastore.manifest.shards], self.config.part_entries)
+        if self.config.layout == "whole" and (len(ranges) == 1 or not self.training.can_merge):
+            return self.ranks.first(self._make_whole)
 
-        def train() -> tuple[Path, str]:
-            self.description.unlink(missing_ok=True)  # of an index that may have parts of the same names
-            trained = self._trained(index)
-            return trained.file, trained.sha256
+        def begin() -> str:
+            Artifact(self.path).description.unlink(missing_ok=True)  # of an index that may have parts of the same names
+            return self._train().sha256
 
-        file, sha256 = self.ranks.first(train)
-        parts = Parts(self.datastore.folder, self.name, self.training, sha256, ranges)
-        self.ranks.each(lambda: self._add_parts(parts, file))
-        return self.ranks.first(lambda: self._finish_parts(parts, file))
+        trained_sha256 = self.ranks.first(begin)
+        expected = [
+            {
+                "training": asdict(self.training), "trained_sha256": trained_sha256, "first": entries.start,
+                "entries": len(entries),
+            }
+            for entries in ranges
+        ]  # fmt: skip
+        self.ranks.each(lambda: self._make_parts(ranges, expected))
+        return self.ranks.first(lambda: self._join(ranges, expected))
 
-    def _trained(self, index: faiss.Index) -> Trained:
+    def _train(self) -> Trained:
         """Train, unless an earlier run has."""
-        if (trained := load_trained(self.training, self.path)) is not None:
+        artifact = Artifact(trained_file(self.datastore.folder, self.name))
+        if (trained := Trained.load(self.training, artifact)) is not None:
             self.spans.seconds.update(trained.seconds)
             log.info("%s was trained before", self.training.factory)
             return trained
@@ -195,73 +193,103 @@ class IndexBuild:
             sample = self.datastore.sample_keys(self.training.train_points, self.training.seed)
         with self.spans.span("train"):
             log.info("training %s on %d of %d keys", self.training.factory, len(sample), len(self.datastore))
-            _train(index, self.training, sample, find_gpus(self.config.device))
-        return save_trained(index, self.training, dict(self.spans.seconds), self.path)
+            index = train(self.training, sample, find_gpus(self.config.device))
+        return Trained.save(index, self.training, dict(self.spans.seconds), artifact)
 
-    def add(self, index: faiss.Index, chunks: Iterable[NDArray[np.float16]], entries: int, what: str = "add") -> None:
+    def _make_whole(self) -> IndexReport:
+        index = self._train().index
+        self.add(index, self.datastore.key_chunks(self.config.chunk), len(self.datastore))
+        return self._finish(index)
+
+    def _make_parts(self, ranges: list[range], expected: list[dict[str, object]]) -> None:
+        """Make those parts that are this process's to make and not made yet."""
+        for number in range(self.ranks.rank, len(ranges), self.ranks.size):
+            entries, part = ranges[number], self.part(number)
+            if part.read(expected[number]) is not None:
+                log.info("%s is already built: %d entries", part.path, len(entries))
+                continue
+            index = read_index(trained_file(self.datastore.folder, self.name))
+            label = f"add part {number + 1} of {len(ranges)}"
+            self.add(index, self.datastore.key_chunks(self.config.chunk, entries), len(entries), label)
+            with self.spans.span("write"):
+                part.describe(expected[number], part.write(partial(write_index, index)))
+
+    def _join(self, ranges: list[range], expected: list[dict[str, object]]) -> IndexReport:
+        """Finish an index whose parts are there."""
+        made = [self.part(number).read(each) for number, each in enumerate(expected)]
+        if lost := [str(self.part(number).path) for number, each in enumerate(made) if each is None]:
+            raise DatastoreError(f"{', '.join(lost)} changed after being written; run the same command again")
+        index = read_index(trained_file(self.datastore.folder, self.name))
+        if self.config.layout == "shards":
+            sums = [each[CHECKSUM] for each in made if each is not None]
+            return self._finish(
+                index, tuple(IndexPart(len(entries), sha) for entries, sha in zip(ranges, sums, strict=True))
+            )
+        with self.spans.span("merge"):
+            reserve(index, len(self.datastore))
+            for number, entries in enumerate(ranges):
+                merge(index, read_index(self.part(number).path), entries.start)
+            clear_padding(index)
+        return self._finish(index)
+
+    def add(self, index: RawIndex, chunks: Iterable[NDArray[np.float16]], entries: int, what: str = "add") -> None:
         """Add keys, with a progress bar over so many entries."""
         progress = tqdm(total=entries, desc=what, unit=" keys", unit_scale=True, disable=self.ranks.rank > 0)
-        with self.spans.span("add"), progress, adder(index, self.adding) as add:
+        with self.spans.span("add"), progress, adder(index, self.gpus) as add:
             reserve(index, int(index.ntotal) + entries)
             for keys in chunks:
                 with refusing(self.training.factory, "add keys to in their order", "one without IDMap"):
                     add(keys.astype(np.float32))
                 progress.update(len(keys))
 
-    def _add_parts(self, parts: Parts, trained: Path) -> None:
-        """Add the entries of those parts that are this process's to make and not made yet."""
-        for number in range(self.ranks.rank, len(parts.ranges), self.ranks.size):
-            entries = parts.ranges[number]
-            if parts.finished(number) is not None:
-                log.info("%s is already built: %d entries", parts.file(number), len(entries))
-                continue
-            index = read_index(trained)
-            label = f"add part {number + 1} of {len(parts.ranges)}"
-            self.add(index, self.datastore.key_chunks(self.config.chunk, entries), len(entries), label)
-            with self.spans.span("write"):
-                parts.save(number, index)
-
-    def _finish_parts(self, parts: Parts, trained: Path) -> IndexReport:
-        made = [parts.finished(number) for number in range(len(parts.ranges))]
-        if (lost := [str(parts.file(number)) for number, part in enumerate(made) if part is None]) != []:
-            raise DatastoreError(f"{', '.join(lost)} changed after being written; run the same command again")
-        index = read_index(trained)
-        if self.config.layout == "shards":
-            return self._finish(index, tuple(part for part in made if part is not None))
-        with self.spans.span("merge"):
-            reserve(index, len(self.datastore))
-            for number, entries in enumerate(parts.ranges):
-                merge(index, read_index(parts.file(number)), entries.start)
-            clear_padding(index)
-        return self._finish(index)
-
-    def _finish(self, index: faiss.Index, parts: tuple[IndexPart, ...] = ()) -> IndexReport:
+    def _finish(self, index: RawIndex, parts: tuple[IndexPart, ...] = ()) -> IndexReport:
         with self.spans.span("write"):
-            self.description.unlink(missing_ok=True)
-            sha256 = write_index(index, self.path)
-        files = [part_file(self.datastore.folder, self.name, number) for number in range(len(parts))]
-        indexes = map(FaissIndex.load, files) if parts else [FaissIndex(index)]
-        report = self.report(indexes, sha256, parts)
-        report.save(self.description)
-        self.clean(report)
-        return report
+            sha256 = Artifact(self.path).write(partial(write_index, index))
+        return self.describe(index, sha256, parts)
 
-    def report(self, indexes: Iterable[FaissIndex], sha256: str, parts: tuple[IndexPart, ...]) -> IndexReport:
-        """What is said of the index.
+    def extend(self, report: IndexReport, before: str) -> IndexReport:
+        """Add the entries by which the datastore has grown to an index of it: to its only file, or as a further part.
 
         Args:
-            indexes: Its parts, or the whole of it.
+            report: The description of the index.
+            before: Its name, with the generation.
+        """
+        folder, entries = self.datastore.folder, range(report.entries, len(self.datastore))
+        index = read_index(index_file(folder, before))
+        chunks = self.datastore.key_chunks(self.config.chunk, entries)
+        self.add(index, chunks, len(entries), f"add to {self.config.name}")
+        sha256, parts = report.faiss_sha256, report.parts
+        if parts:
+            link_or_copy(index_file(folder, before), self.path)
+            for number in range(len(parts)):
+                link_or_copy(part_file(folder, before, number), self.part(number).path)
+            parts = (*parts, IndexPart(len(entries), write_index(index, self.part(len(parts)).path)))
+        else:
+            sha256 = Artifact(self.path).write(partial(write_index, index))
+        then = report.trained_imbalance_factor if report.added else report.imbalance_factor
+        return self.describe(
+            index, sha256, parts, seconds=report.seconds, added=report.added + len(entries),
+            trained_imbalance_factor=then,
+        )  # fmt: skip
+
+    def describe(self, index: RawIndex, sha256: str, parts: tuple[IndexPart, ...], **others: Any) -> IndexReport:
+        """Measure how evenly the index is filled, write its description, and remove what is not needed any more.
+
+        Args:
+            index: The whole index if it is in one file.
             sha256: Checksum of NAME.faiss.
             parts: The files of the parts.
+            others: Fields of the description that say what happened after training.
         """
         sizes: list[NDArray[np.int64]] = []
         lists: list[NDArray[np.int32]] = []
-        for index in indexes:  # one at a time, since all together may not fit into memory
-            if (of_part := index.list_sizes()) is not None and (assigned := index.list_of_entries()) is not None:
+        of_parts = (FaissIndex.load(self.part(number).path) for number in range(len(parts)))
+        for part in of_parts if parts else [FaissIndex(index)]:  # one at a time: they may not fit into memory
+            if (of_part := part.list_sizes()) is not None and (assigned := part.list_of_entries()) is not None:
                 sizes.append(of_part)
                 lists.append(assigned)
         tokens = torch.from_numpy(self.datastore.values)
-        return IndexReport(
+        report = IndexReport(
             factory=self.training.factory,
             entries=len(self.datastore),
             key_size=self.datastore.key_size,
@@ -276,27 +304,10 @@ class IndexBuild:
             seconds={name: round(value, 3) for name, value in self.spans.seconds.items()},
             parts=parts,
         )
+        report = replace(report, **others)
+        report.save(self.path)
+        self._remove_unfinished(report)
+        return report
 
-    def clean(self, report: IndexReport) -> None:
-        """Remove what building has left, but for the files of the finished index."""
-        remove_trained(self.path)
-        remove_parts(self.datastore.folder, self.name, kept=len(report.parts))
-
-
-def _train(index: faiss.Index, training: Training, sample: NDArray[np.float32], gpus: Gpus | None) -> None:
-    expected = (
-        "at least 256 keys for codes of 8 bits (PQ64) and 16 for codes of 4 bits (PQ64x4fs): choose Flat for a small "
-        "datastore"
-    )
-    with refusing(training.factory, f"train on {len(sample)} keys", expected), assigning(index, gpus):
-        if training.split_lists:
-            flat = faiss.IndexFlatL2 if gpus is None else gpus.flat
-            give_centroids(index, sample, training.split_lists, training.seed, flat)
-        index.train(sample)
-
-
-def _train_points(index: faiss.Index, config: IndexConfig) -> int:
-    if config.train_points is not None:
-        return config.train_points
-    ivf = find_ivf(index)
-    return default_train_points(None if ivf is None else ivf.nlist)
+    def _remove_unfinished(self, report: IndexReport) -> None:
+        remove_unfinished(self.datastore.folder, self.name, len(report.parts))

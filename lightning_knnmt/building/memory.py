@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from lightning_knnmt.backbone.batch import collate
-from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.backbone.keyed_model import KeyedModel, TokenIds
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.checks import check_texts
@@ -51,22 +51,26 @@ def build_memory(
     check_texts(sources=sources, targets=targets)
     if len(sources) != len(targets):
         raise ValueError(f"there are {len(sources)} sources and {len(targets)} targets, expected as many of each")
+    if empty := [number for number, target in enumerate(targets) if not target.strip()]:
+        raise ValueError(f"targets has an empty text at {empty[0]}, expected a translation of every source")
     pairs = list(model.split_pairs(Pair(src, tgt) for src, tgt in zip(sources, targets, strict=True)))
     return _in_ram(model, pairs) if folder is None else _on_disk(model, pairs, Path(folder), index)
 
 
 @torch.inference_mode()
 def _in_ram(model: KeyedModel, pairs: list[Pair]) -> RamMemory:
-    ids = model.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])
+    ids = model.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs]) if pairs else TokenIds([], [], 0)
     lengths = [len(row) for row in ids.tgt]
     longer = [max(len(src), len(tgt)) for src, tgt in zip(ids.src, ids.tgt, strict=True)]
-    keys = [torch.empty(0, model.key_size)] * len(pairs)
+    keys = [torch.empty(0, model.key_size, dtype=torch.float16, device=model.device)] * (len(pairs) + 1)
     for numbers in token_budget_batches(longer, BATCH_TOKENS):
         batch = collate([ids.src[n] for n in numbers], [ids.tgt[n] for n in numbers], model.pad_id).to(model.device)
         for number, states in zip(numbers, model.keys(batch), strict=True):
             keys[number] = states[: lengths[number]].to(torch.float16)
-    values = torch.tensor([token for row in ids.tgt for token in row], device=model.device)
-    stored = torch.cat([torch.empty(0, model.key_size), *keys]).to(model.device)
+    stored = torch.cat(keys)
+    if not stored.isfinite().all():
+        raise ValueError("a key is too large for float16; use the other key_type")
+    values = torch.tensor([token for row in ids.tgt for token in row], dtype=torch.long, device=model.device)
     return RamMemory(stored, values, pairs, lengths, Provenance.of(model))
 
 

@@ -3,11 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from lightning_knnmt.datastore.manifest import FILE_NAME, ShardInfo, read_manifest
+from lightning_knnmt.datastore.manifest import ShardInfo, read_manifest
+from lightning_knnmt.datastore.removed import RemovedInfo
+from lightning_knnmt.index.report import IndexReport
 from lightning_knnmt.storage.errors import DatastoreError
-from lightning_knnmt.storage.files import file_sha256, is_inside
-from lightning_knnmt.storage.layout import description_file, find_indexes, generation_name, index_file, part_file
-from lightning_knnmt.storage.sealed import read_sealed
+from lightning_knnmt.storage.files import file_sha256
+from lightning_knnmt.storage.layout import MANIFEST, find_indexes, generation_name, index_file
 from lightning_knnmt.storage.snapshot import open_together
 
 
@@ -61,44 +62,30 @@ def _problems(folder: Path) -> list[Problem]:
     try:
         manifest, fingerprint = read_manifest(folder)
     except DatastoreError as error:
-        return [Problem(FILE_NAME, str(error))]
-    problems = [problem for shard in manifest.shards if (problem := _shard_problem(folder, shard)) is not None]
-    if (removed := manifest.removed) is not None and (wrong := removed.problem(folder)) is not None:
-        problems.append(Problem(removed.file, wrong))
+        return [Problem(MANIFEST, str(error))]
+    files: list[ShardInfo | RemovedInfo] = [*manifest.shards]
+    files += [] if manifest.removed is None else [manifest.removed]
+    problems = [Problem(file.file, what) for file in files if (what := file.problem(folder)) is not None]
     for name in find_indexes(folder, manifest.generation):
-        problems += _index_problems(folder, generation_name(name, manifest.generation), fingerprint)
+        path = index_file(folder, generation_name(name, manifest.generation))
+        problems += _index_problems(path, fingerprint)
     return problems
 
 
-def _shard_problem(folder: Path, shard: ShardInfo) -> Problem | None:
-    path = folder / shard.file
-    if not path.is_file():
-        return Problem(shard.file, "is missing; build the datastore again")
-    if not is_inside(path, folder):
-        return Problem(shard.file, f"is a link to {path.resolve()}, expected a file in the datastore's folder")
-    if file_sha256(path) != shard.sha256:
-        return Problem(shard.file, "is damaged (its checksum is another); build the datastore again")
-    return None
-
-
-def _index_problems(folder: Path, name: str, fingerprint: str) -> list[Problem]:
-    index, description = index_file(folder, name), description_file(folder, name)
+def _index_problems(path: Path, fingerprint: str) -> list[Problem]:
+    description = path.with_suffix(".json")
     if not description.is_file():
-        return [Problem(description.name, f"is missing, so {index.name} is not whole; build the index again")]
+        return [Problem(description.name, f"is missing, so {path.name} is not whole; build the index again")]
     try:
-        content = read_sealed(description)
-        datastore, sums = content["datastore_sha256"], [content["faiss_sha256"]]
-        sums += [part["faiss_sha256"] for part in content.get("parts", [])]
-    except (ValueError, KeyError, TypeError, DatastoreError) as error:
-        return [Problem(description.name, f"is damaged ({error}); build the index again")]
+        report = IndexReport.load(description)
+    except DatastoreError as error:
+        return [Problem(description.name, str(error).removeprefix(f"{description} "))]
     problems = []
-    if datastore != fingerprint:
+    if report.datastore_sha256 != fingerprint:
         problems.append(Problem(description.name, "belongs to another datastore; build the index again"))
-    for file, wanted in zip(
-        [index, *(part_file(folder, name, part) for part in range(len(sums) - 1))], sums, strict=True
-    ):
+    for file, sha256 in report.checksums(path).items():
         if not file.is_file():
             problems.append(Problem(file.name, "is missing; build the index again"))
-        elif file_sha256(file) != wanted:
+        elif file_sha256(file) != sha256:
             problems.append(Problem(file.name, "is damaged (its checksum is another); build the index again"))
     return problems

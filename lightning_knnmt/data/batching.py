@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 
 from torch.utils.data import Sampler
 
+from lightning_knnmt.checks import check_at_least
+
 
 def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
     """Group items into batches of which none exceeds `max_tokens`, padding counted.
@@ -21,8 +23,7 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[i
     >>> token_budget_batches([5, 1, 2, 4], max_tokens=8)
     [[1, 2], [3], [0]]
     """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens is {max_tokens}, expected 1 or more")
+    check_at_least(1, max_tokens=max_tokens)
     batches: list[list[int]] = []
     for item in sorted(range(len(lengths)), key=lambda item: lengths[item]):
         if not batches or lengths[item] * (len(batches[-1]) + 1) > max_tokens:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.data.pairs import Pair
 
 _TAG = re.compile(r"</?[A-Za-z][^<>]*>")
@@ -61,8 +62,7 @@ class Cleaning:
     def __post_init__(self) -> None:
         if not self.max_length_ratio >= 1:  # refuses nan, too
             raise ValueError(f"max_length_ratio is {self.max_length_ratio}, expected 1 or more")
-        if self.max_words < 1:
-            raise ValueError(f"max_words is {self.max_words}, expected 1 or more")
+        check_at_least(1, max_words=self.max_words)
 
     def __call__(self, pairs: Iterable[Pair], dropped: Counter[str]) -> Iterator[Pair]:
         """Yield the cleaned pairs and count the others, by reason, in `dropped`."""

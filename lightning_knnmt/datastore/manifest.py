@@ -1,22 +1,22 @@
 """What a datastore is made of, and what it was made with."""
 
-import re
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.datastore.removed import RemovedInfo
 from lightning_knnmt.storage.errors import DatastoreError
-from lightning_knnmt.storage.files import file_sha256, is_inside, sync_folder
+from lightning_knnmt.storage.files import file_problem, sync_folder
+from lightning_knnmt.storage.layout import BUILDING, MANIFEST, shard_file, shard_number
 from lightning_knnmt.storage.sealed import check_types, content_sha256, read_sealed, write_sealed
 
-FILE_NAME = "manifest.json"
-BUILDING = "building.json"  # a manifest that grows shard by shard; renamed when nothing is missing
-LARGEST_KEY = 1 << 20  # dimensions
-MOST = 1 << 50  # entries
-LIVING = ("generation", "appended", "removed")  # not written before they say something
+if TYPE_CHECKING:
+    from lightning_knnmt.backbone.keyed_model import KeyedModel
+
+MOST_DIMENSIONS = 1 << 20
+MOST_ENTRIES = 1 << 50
+WRITTEN_IF_SET = ("generation", "appended", "removed")  # fields that a store which was never changed does not have
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,16 @@ class ShardInfo:
         if Path(self.file).name != self.file or self.file == ".." or not self.file.endswith(".h5"):
             raise ValueError(f"it names the shard {self.file!r}, expected a file name NAME.h5 without folders")
         for name in ("entries", "pairs"):
-            if not 0 <= getattr(self, name) <= MOST:
-                raise ValueError(f"{name} of {self.file} is {getattr(self, name)}, expected 0 to {MOST}")
+            if not 0 <= getattr(self, name) <= MOST_ENTRIES:
+                raise ValueError(f"{name} of {self.file} is {getattr(self, name)}, expected 0 to {MOST_ENTRIES}")
+
+    def problem(self, folder: Path) -> str | None:
+        """What is wrong with the file, in words that follow its name; None if every byte is as it was written."""
+        return file_problem(folder / self.file, self.sha256, "build the datastore again")
 
     def is_whole(self, folder: Path) -> bool:
         """Whether every byte is as it was written."""
-        path = folder / self.file
-        return path.is_file() and is_inside(path, folder) and file_sha256(path) == self.sha256
+        return self.problem(folder) is None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Provenance:
         src_lang: Language code of the source, if the model needs one.
         tgt_lang: Language code of the target, if the model needs one.
         src_prefix: What was put before every source.
+        sentences: Languages by whose rules texts were cut into sentences; empty if they were not.
     """
 
     model: str
@@ -72,24 +76,26 @@ class Provenance:
     src_lang: str | None
     tgt_lang: str | None
     src_prefix: str = ""
+    sentences: str = ""
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not 1 <= self.key_size <= LARGEST_KEY:
-            raise ValueError(f"key_size is {self.key_size}, expected 1 to {LARGEST_KEY}")
+        if not 1 <= self.key_size <= MOST_DIMENSIONS:
+            raise ValueError(f"key_size is {self.key_size}, expected 1 to {MOST_DIMENSIONS}")
 
     @classmethod
-    def of(cls, backbone: KeyedModel) -> "Provenance":
-        """What keys made by this backbone come from."""
+    def of(cls, model: "KeyedModel") -> "Provenance":
+        """What keys made by this model come from."""
         return cls(
-            model=backbone.name,
-            model_sha256=backbone.model_fingerprint,
-            tokenizer_sha256=backbone.tokenizer_fingerprint,
-            key_type=backbone.config.key_type,
-            key_size=backbone.key_size,
-            src_lang=backbone.config.src_lang,
-            tgt_lang=backbone.config.tgt_lang,
-            src_prefix=backbone.config.src_prefix,
+            model=model.name,
+            model_sha256=model.model_fingerprint,
+            tokenizer_sha256=model.tokenizer_fingerprint,
+            key_type=model.config.key_type,
+            key_size=model.key_size,
+            src_lang=model.config.src_lang,
+            tgt_lang=model.config.tgt_lang,
+            src_prefix=model.config.src_prefix,
+            sentences=model.sentences,
         )
 
     def differences(self, other: "Provenance") -> list[str]:
@@ -97,7 +103,7 @@ class Provenance:
         found = []
         if self.model_sha256 != other.model_sha256:
             found.append(f"model {_model(self)} against {_model(other)}")
-        for name in ("tokenizer_sha256", "key_type", "key_size", "src_lang", "tgt_lang", "src_prefix"):
+        for name in ("tokenizer_sha256", "key_type", "key_size", "src_lang", "tgt_lang", "src_prefix", "sentences"):
             ours, theirs = getattr(self, name), getattr(other, name)
             if ours != theirs:
                 label = name.removesuffix("_sha256")
@@ -172,8 +178,8 @@ class Manifest:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not 0 <= self.generation <= MOST:
-            raise ValueError(f"generation is {self.generation}, expected 0 to {MOST}")
+        if not 0 <= self.generation <= MOST_ENTRIES:
+            raise ValueError(f"generation is {self.generation}, expected 0 to {MOST_ENTRIES}")
         files = [shard.file for shard in self.shards]
         if len(set(files)) < len(files):
             raise ValueError(f"it names {max(files, key=files.count)} more than once")
@@ -195,24 +201,24 @@ class Manifest:
 
     def next_shard(self, number: int = 0) -> str:
         """File name of the shard that comes so many places after the next one; no shard has it yet."""
-        taken = (re.fullmatch(r"shard-(\d+)\.h5", shard.file) for shard in self.shards)
-        return shard_name(max((int(found[1]) for found in taken if found), default=-1) + 1 + number)
+        taken = (shard_number(shard.file) for shard in self.shards)
+        return shard_file(max((each for each in taken if each is not None), default=-1) + 1 + number)
 
     def with_shard(self, shard: ShardInfo) -> "Manifest":
         """The manifest of a datastore with one more shard."""
         return replace(self, shards=(*self.shards, shard))
 
-    def save(self, folder: Path, name: str = FILE_NAME) -> None:
+    def save(self, folder: Path, name: str = MANIFEST) -> None:
         """Write the manifest, whole or not at all.
 
         Raises:
             DatastoreError: It could not be written.
         """
-        content = asdict(self)
-        write_sealed(folder / name, {key: value for key, value in content.items() if value or key not in LIVING})
+        fields = asdict(self).items()
+        write_sealed(folder / name, {key: value for key, value in fields if value or key not in WRITTEN_IF_SET})
 
     @classmethod
-    def load(cls, folder: Path, name: str = FILE_NAME) -> "Manifest":
+    def load(cls, folder: Path, name: str = MANIFEST) -> "Manifest":
         """Read a datastore's manifest.
 
         Raises:
@@ -221,7 +227,7 @@ class Manifest:
         return read_manifest(folder, name)[0]
 
 
-def read_manifest(folder: Path, name: str = FILE_NAME) -> tuple[Manifest, str]:
+def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[Manifest, str]:
     """A manifest, and its SHA-256 but for what was removed: removing changes neither shards nor indexes.
 
     Raises:
@@ -246,18 +252,5 @@ def read_manifest(folder: Path, name: str = FILE_NAME) -> tuple[Manifest, str]:
 
 def finish_building(folder: Path) -> None:
     """Say that the datastore is whole."""
-    (folder / BUILDING).replace(folder / FILE_NAME)
+    (folder / BUILDING).replace(folder / MANIFEST)
     sync_folder(folder)
-
-
-def shard_name(number: int) -> str:
-    """File name of a shard by its number, from 0."""
-    return f"shard-{number:05d}.h5"
-
-
-def remove_other_shards(folder: Path, shards: tuple[ShardInfo, ...]) -> None:
-    """Remove the shards, finished or not, that a manifest does not name."""
-    kept = {shard.file for shard in shards}
-    for path in folder.glob("shard-*"):
-        if path.name not in kept and re.fullmatch(r"shard-\d+\.h5(\.partial)?", path.name):
-            path.unlink()

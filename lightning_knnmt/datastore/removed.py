@@ -1,6 +1,5 @@
 """Entries that were removed from a datastore and are still in its shards and indexes."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_knnmt.storage.errors import DatastoreError
-from lightning_knnmt.storage.files import file_sha256, is_inside
+from lightning_knnmt.storage.files import file_problem, file_sha256
+from lightning_knnmt.storage.layout import removed_number
 from lightning_knnmt.storage.sealed import check_types, read_sealed, write_sealed
 
 
@@ -28,17 +28,12 @@ class RemovedInfo:
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not re.fullmatch(r"removed-\d+\.json", self.file):
+        if removed_number(self.file) is None:
             raise ValueError(f"it names the file {self.file!r} of removed entries, expected a name removed-NUMBER.json")
 
     def problem(self, folder: Path) -> str | None:
         """What is wrong with the file, in words that follow its name."""
-        path = folder / self.file
-        if not path.is_file() or not is_inside(path, folder):
-            return "is missing; restore it, or build the datastore again"
-        if file_sha256(path) != self.sha256:
-            return "is damaged (its checksum is another); restore it, or build the datastore again"
-        return None
+        return file_problem(folder / self.file, self.sha256, "restore it, or build the datastore again")
 
 
 class Removed:

@@ -5,18 +5,22 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.pairs import Pair, StoredContext
-from lightning_knnmt.datastore.manifest import FILE_NAME, Provenance, read_manifest
+from lightning_knnmt.datastore.manifest import Provenance, read_manifest
 from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.datastore.shard import map_keys, open_shard
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.layout import MANIFEST
 from lightning_knnmt.storage.snapshot import open_together
+
+if TYPE_CHECKING:
+    from lightning_knnmt.backbone.keyed_model import KeyedModel
 
 
 @dataclass(frozen=True)
@@ -61,10 +65,10 @@ class Datastore:
 
     Raises:
         DatastoreError: There is no whole datastore, or a shard is missing or damaged. Not every byte is looked at;
-            `datastore.verify` does that.
+            `building.verify` does that.
     """
 
-    def __init__(self, folder: Path, manifest: str = FILE_NAME) -> None:
+    def __init__(self, folder: Path | str, manifest: str = MANIFEST) -> None:
         self.folder = Path(folder)
         open_together(self.folder, lambda: self._open(manifest), manifest)
         self._starts = np.cumsum([0, *(shard.entries for shard in self.manifest.shards)])
@@ -162,16 +166,16 @@ class Datastore:
         for shard in self.shards:
             yield from shard.file["src"].asstr()[:][shard.kept]
 
-    def check(self, backbone: KeyedModel) -> None:
+    def check(self, model: "KeyedModel") -> None:
         """Refuse a model whose states cannot be compared with the stored keys.
 
         Raises:
             DatastoreError: The store was built with another model, tokenizer, key type or language.
         """
-        differences = self.manifest.provenance.differences(Provenance.of(backbone))
+        differences = self.manifest.provenance.differences(Provenance.of(model))
         if differences:
             raise DatastoreError(
-                f"the datastore {self.folder} does not fit the model {backbone.name}: {'; '.join(differences)} "
+                f"the datastore {self.folder} does not fit the model {model.name}: {'; '.join(differences)} "
                 "(datastore against model). Search with what it was built with, or build another datastore."
             )
 

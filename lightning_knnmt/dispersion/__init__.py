@@ -10,9 +10,9 @@ from lightning_knnmt.dispersion.losses import (
     Lloyd,
     MaximumMeanCosine,
     MaximumMinimumAngle,
+    MeanResultantLength,
     PairwiseDispersion,
     SlicedDispersion,
-    SphericalVariance,
 )
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "Lloyd",
     "MaximumMeanCosine",
     "MaximumMinimumAngle",
+    "MeanResultantLength",
     "PairwiseDispersion",
     "SlicedDispersion",
-    "SphericalVariance",
 ]

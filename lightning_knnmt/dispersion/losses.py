@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_knnmt.checks import check_at_least, check_number, check_one_of
 from lightning_knnmt.dispersion import functional as F
-from lightning_knnmt.dispersion.functional.checks import check_at_least, check_number, check_one_of
 from lightning_knnmt.dispersion.functional.directions import REDUCTIONS
 from lightning_knnmt.dispersion.functional.pairwise import KERNELS, METRICS
 
@@ -21,11 +21,15 @@ class Dispersion(nn.Module, ABC):
 
     Args:
         reduction: "mean" over the tokens, comparable with cross-entropy per token, or "sum".
+
+    >>> keys = torch.eye(3).reshape(1, 3, 3)  # (B, T, D)
+    >>> MaximumMeanCosine()(keys, mask=torch.tensor([[True, True, False]]))
+    tensor(1.)
     """
 
     def __init__(self, reduction: F.Reduction = "mean") -> None:
         super().__init__()
-        check_one_of("reduction", reduction, REDUCTIONS)
+        check_one_of(REDUCTIONS, reduction=reduction)
         self.reduction: F.Reduction = reduction
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -45,8 +49,8 @@ class Dispersion(nn.Module, ABC):
             return self.loss(x.flatten(end_dim=-2) if x.ndim > 1 else x)
         if mask.dtype != torch.bool or mask.shape != x.shape[:-1]:
             raise ValueError(
-                f"mask has shape {tuple(mask.shape)} and type {mask.dtype}: expected shape {tuple(x.shape[:-1])}, that "
-                "of x without its last dimension, and type torch.bool, True for real tokens; use mask.bool()."
+                f"mask has shape {tuple(mask.shape)} and type {mask.dtype}, expected shape {tuple(x.shape[:-1])}, that "
+                "of x without its last dimension, and type torch.bool, True for real tokens; use mask.bool()"
             )
         return self.loss(x[mask])
 
@@ -76,7 +80,7 @@ class GreatCircleDispersion(Dispersion):
 
     def __init__(self, circles: int = 1, reduction: F.Reduction = "mean") -> None:
         super().__init__(reduction)
-        check_at_least("circles", circles, 1)
+        check_at_least(1, circles=circles)
         self.circles = circles
 
 
@@ -106,12 +110,15 @@ class AxisAlignedSlicedDispersion(GreatCircleDispersion):
         return F.axis_aligned_sliced_dispersion(points, self.circles, reduction=self.reduction)
 
 
-class SphericalVariance(Dispersion):
-    """Mean resultant length, 1 − spherical variance: `dispersion.functional.spherical_variance_loss`."""
+class MeanResultantLength(Dispersion):
+    """Length of the mean direction, 1 − spherical variance: `dispersion.functional.mean_resultant_length`.
+
+    It is the regulariser that arXiv 2509.16729 names after the spherical variance.
+    """
 
     def loss(self, points: Tensor) -> Tensor:
         """Scalar loss of raw vectors of shape (N, D)."""
-        return F.spherical_variance_loss(points, reduction=self.reduction)
+        return F.mean_resultant_length(points, reduction=self.reduction)
 
 
 class PairwiseDispersion(Dispersion):
@@ -124,7 +131,7 @@ class PairwiseDispersion(Dispersion):
 
     def __init__(self, max_points: int = 4096, reduction: F.Reduction = "mean") -> None:
         super().__init__(reduction)
-        check_at_least("max_points", max_points, 2)
+        check_at_least(2, max_points=max_points)
         self.max_points = max_points
 
 
@@ -139,7 +146,7 @@ class HypersphericalEnergy(PairwiseDispersion):
 
     def __init__(self, s: float = 1.0, max_points: int = 4096, reduction: F.Reduction = "mean") -> None:
         super().__init__(max_points, reduction)
-        check_number("s", s, above_zero=False)
+        check_number(s=s)
         self.s = s
 
     def loss(self, points: Tensor) -> Tensor:
@@ -169,10 +176,10 @@ class KernelDispersion(PairwiseDispersion):
         reduction: F.Reduction = "mean",
     ) -> None:
         super().__init__(max_points, reduction)
-        check_one_of("kernel", kernel, KERNELS)
-        check_one_of("metric", metric, METRICS)
-        check_number("bandwidth", bandwidth, above_zero=True)
-        check_number("s", s, above_zero=False)
+        check_one_of(KERNELS, kernel=kernel)
+        check_one_of(METRICS, metric=metric)
+        check_number(above_zero=True, bandwidth=bandwidth)
+        check_number(s=s)
         self.kernel: F.Kernel = kernel
         self.metric: F.Metric = metric
         self.bandwidth = bandwidth
@@ -219,7 +226,7 @@ class Lloyd(Dispersion):
 
     def __init__(self, samples: int = 256, reduction: F.Reduction = "mean") -> None:
         super().__init__(reduction)
-        check_at_least("samples", samples, 1)
+        check_at_least(1, samples=samples)
         self.samples = samples
 
     def loss(self, points: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.evaluation.scores import Score, check_aligned
 
 INSTALL = "pip install --no-deps unbabel-comet entmax && pip install pandas scipy"
@@ -41,8 +42,7 @@ class CometScorer:
     """
 
     def __init__(self, model: str, batch_size: int = 16, device: str = "auto") -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+        check_at_least(1, batch_size=batch_size)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model = model

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.evaluation.report import table
-from lightning_knnmt.evaluation.tuning import Candidate, Grid, likelihoods, reference_steps, shortlist
+from lightning_knnmt.evaluation.tuning import Candidate, Grid, likelihoods, reference_steps, shortlist, warn_of_edges
 from lightning_knnmt.knn.memory import Memory
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
 from lightning_knnmt.knn.settings import MixtureConfig
@@ -95,6 +95,7 @@ def tune_likelihood(
     sufficient = max(candidate.log_likelihood for candidate in candidates) - grid.nprobe_tolerance
     best = shortlist(candidates, sufficient)[0]
     log.info("plain model: log-likelihood %.3f; %s: %.3f", plain, best.mixture, best.log_likelihood)
+    warn_of_edges(best.options, grid.values_for(mixture, memory.nlist))
     if best.log_likelihood <= plain:
         log.warning(
             "no setting predicts the documents better (%.3f) than the plain model (%.3f)", best.log_likelihood, plain

@@ -37,7 +37,7 @@ class StoreSample:
 
 
 def sample_store(
-    folder: Path, name: str = "index", size: int = 20_000, nprobe: int = 128, seed: int = 1
+    folder: Path | str, name: str = "index", size: int = 20_000, nprobe: int = 128, seed: int = 1
 ) -> StoreSample:
     """Read what the pictures need from a datastore and its index.
 
@@ -64,7 +64,7 @@ def sample_store(
     return StoreSample(sizes, keys, index.probed_lists(keys, nprobe))
 
 
-def plot_list_sizes(sizes: Mapping[str, NDArray[np.int64]], path: Path) -> None:
+def plot_list_sizes(sizes: Mapping[str, NDArray[np.int64]], path: Path | str) -> None:
     """Draw the sorted sizes of inverted lists, one curve for each index, and write the picture.
 
     Args:
@@ -75,7 +75,7 @@ def plot_list_sizes(sizes: Mapping[str, NDArray[np.int64]], path: Path) -> None:
     axes = figure.subplots()
     _draw_sorted(axes, sizes)
     axes.set_title("Cluster sizes (dotted: a perfectly even index)")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 

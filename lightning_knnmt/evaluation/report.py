@@ -143,8 +143,9 @@ def settings_line(results: Mapping[str, Any]) -> str:
 
 
 def _knn_line(knn: Mapping[str, Any]) -> str:
-    rescored = f", rescored {knn['rescore']}" if knn["rescore"] else ""
-    return f"k {knn['k']}, λ {knn['lambda_']:g}, T {knn['temperature']:g}, nprobe {knn['nprobe']}{rescored}"
+    line = f"k {knn['k']}, λ {knn['lambda_']:g}, T {knn['temperature']:g}, nprobe {knn['nprobe']}"
+    more = {"rescored": knn["rescore"], "ef_search": knn["ef_search"]}
+    return ", ".join([line, *(f"{name} {value}" for name, value in more.items() if value)])
 
 
 def _mixture_line(mixture: Mapping[str, Any]) -> str:
@@ -155,23 +156,24 @@ def _mixture_line(mixture: Mapping[str, Any]) -> str:
     return " + ".join(parts)
 
 
-def read_build(datastore: Path) -> dict[str, Any]:
+def read_build(datastore: Path | str) -> dict[str, Any]:
     """Time and memory of building a datastore (`encode`) and its `indexes`, as far as build_index.py has left them."""
     try:
-        record = json.loads((datastore / BUILD_FILE).read_text(encoding="utf-8"))
+        record = json.loads((Path(datastore) / BUILD_FILE).read_text(encoding="utf-8"))
         return {"encode": record["encode"], "indexes": dict(record["indexes"])}
     except (FileNotFoundError, KeyError, TypeError, ValueError):  # only figures: not worth an error
         return {"encode": None, "indexes": {}}
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path | str, content: Mapping[str, Any]) -> None:
     """Write JSON beside its final place and rename it; a number that JSON does not know, such as NaN, is null."""
     text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
     write_text(path, text)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_text(path: Path | str, text: str) -> None:
     """Write a text and a line end beside its final place and rename it."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".partial")
     beside.write_text(text + "\n", encoding="utf-8")

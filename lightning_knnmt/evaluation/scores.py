@@ -1,12 +1,17 @@
 """BLEU and chrF with their sacreBLEU signatures, and the paired bootstrap between two systems."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sacrebleu.metrics import BLEU, CHRF
 from sacrebleu.metrics.base import Metric
-from sacrebleu.significance import _compute_p_value
+from sacrebleu.significance import PairedTest
+
+from lightning_knnmt.checks import check_at_least, check_texts
 
 
 @dataclass(frozen=True)
@@ -89,18 +94,16 @@ def check_aligned(**sides: Sequence[str]) -> None:
         TypeError: A side is one string, not a list of strings.
         ValueError: The lists are empty, or differ in length.
     """
-    for name, side in sides.items():
-        if isinstance(side, str):
-            raise TypeError(f"{name} is one string, expected a list of sentences: pass [{name}] to score one sentence")
+    check_texts(**sides)
     lengths = {name: len(side) for name, side in sides.items()}
     given = ", ".join(f"{length} {name}" for name, length in lengths.items())
     if len(set(lengths.values())) > 1:
         raise ValueError(
-            f"Given {given}; expected the same number of each. Check that each list holds one sentence a segment, "
-            "in the same order, with blank lines kept."
+            f"there are {given}, expected the same number of each: one sentence a segment, in the same order, with "
+            "blank lines kept"
         )
     if 0 in lengths.values():
-        raise ValueError(f"Given {given}; expected at least one sentence. Check that the test set is not empty.")
+        raise ValueError(f"there are {given}, expected one sentence or more; is the test set empty?")
 
 
 def corpus_scores(hypotheses: Sequence[str], references: Sequence[str]) -> CorpusScores:
@@ -134,29 +137,78 @@ def paired_bootstrap(
 ) -> PairedBootstrap:
     """Compare two systems by paired bootstrap resampling (Koehn, EMNLP 2004).
 
-    Resamples and p-values are those of ``sacrebleu.significance.PairedTest(test_type="bs")`` under the same seed, with
-    one exception: where no resample tells the systems apart the p-value is 1, while sacreBLEU gives 1 / (samples + 1).
-    The interval runs over the same resamples' differences, cut where sacreBLEU's ``estimate_ci`` cuts.
+    Scores, resamples and p-values are those of ``sacrebleu.significance.PairedTest(test_type="bs")`` under the same
+    seed, with one exception: where no resample tells the systems apart the p-value is 1, while sacreBLEU gives
+    1 / (samples + 1). The interval runs over the same resamples' differences, cut where sacreBLEU's ``estimate_ci``
+    cuts.
 
     Args:
         baseline: Detokenized translations of the baseline.
         system: Detokenized translations of the system, of the same segments.
         references: Detokenized references, one a segment.
         samples: Number of bootstrap resamples.
-        seed: Seed of the resamples.
+        seed: Seed of the resamples, 1 or more (sacreBLEU takes 0 for no seed).
 
     Returns:
         Scores, difference, p-value and interval by metric.
 
     Raises:
-        ValueError: The lists are empty, or differ in length; or ``samples`` is not positive.
+        ValueError: The lists are empty, or differ in length; or ``samples`` or ``seed`` is not positive.
     """
     check_aligned(baseline=baseline, system=system, references=references)
-    if samples < 1:
-        raise ValueError(f"samples is {samples}, expected at least 1: use 1000 as sacreBLEU does")
-    counts = _resample_counts(len(references), samples, seed)
-    bleu, chrf = (_paired_score(metric, baseline, system, references, counts, seed) for metric in (BLEU(), CHRF()))
+    check_at_least(1, samples=samples, seed=seed)
+    metrics = {"BLEU": _RecordedBLEU(), "chrF2": _RecordedCHRF()}
+    systems: list[tuple[str, Sequence[str]]] = [("baseline", list(baseline)), ("system", list(system))]
+    with _seeded(seed):
+        test = PairedTest(systems, metrics, [list(references)], test_type="bs", n_samples=samples)
+        signatures, results = test()
+    bleu, chrf = (
+        _paired_score(name, results[name], metric.recorded, samples, signatures[name].format())
+        for name, metric in metrics.items()
+    )
     return PairedBootstrap(bleu, chrf, samples, seed)
+
+
+class _Recorded(Metric):
+    """A metric that remembers all corpus scores that it was asked for.
+
+    sacreBLEU's public interface gives the scores of neither the resamples of a test nor of summed statistics, so that
+    the interval of a difference cannot be had without scoring every resample's text anew. This overrides the method by
+    which every subclass of `Metric` makes a score, the only place here that is not public.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorded: list[float] = []
+
+    def _compute_score_from_stats(self, stats: Any) -> Any:
+        # sacreBLEU sums in float32, which is exact, but would divide in it, too
+        score = super()._compute_score_from_stats([float(value) for value in stats])  # type: ignore[safe-super]
+        self.recorded.append(score.score)
+        return score
+
+
+class _RecordedBLEU(_Recorded, BLEU):
+    pass
+
+
+class _RecordedCHRF(_Recorded, CHRF):
+    pass
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """sacreBLEU's tests take their seed from the environment only."""
+    name = "SACREBLEU_SEED"
+    before = os.environ.get(name)
+    os.environ[name] = str(seed)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _corpus_score(metric: Metric, hypotheses: Sequence[str], references: Sequence[str]) -> Score:
@@ -164,42 +216,18 @@ def _corpus_score(metric: Metric, hypotheses: Sequence[str], references: Sequenc
     return Score(result.name, float(result.score), metric.get_signature().format())
 
 
-def _resample_counts(sentences: int, samples: int, seed: int) -> np.ndarray:
-    """Count how often each resample draws each sentence: [samples, sentences].
-
-    Sums of statistics are then one matrix product, in place of sacreBLEU's [samples, sentences, statistics] array.
-    """
-    drawn = np.random.default_rng(seed).choice(sentences, size=(samples, sentences), replace=True)
-    return np.stack([np.bincount(row, minlength=sentences) for row in drawn])
-
-
-def _paired_score(
-    metric: Metric,
-    baseline: Sequence[str],
-    system: Sequence[str],
-    references: Sequence[str],
-    counts: np.ndarray,
-    seed: int,
-) -> PairedScore:
-    stats = [np.array(metric._extract_corpus_statistics(side, [references]), float) for side in (baseline, system)]
-    scores = [metric._compute_score_from_stats(side.sum(0)) for side in stats]
-    resampled = [[metric._compute_score_from_stats(row).score for row in counts @ side] for side in stats]
-    delta = scores[1].score - scores[0].score
-    deltas = np.subtract(resampled[1], resampled[0])
-    # sacreBLEU counts the differences above the observed one: none, where all are zero
-    centred = np.abs(deltas) - np.abs(deltas).mean()
-    p_value = _compute_p_value(centred, abs(delta)) if deltas.any() else 1.0
-    ordered, cut = np.sort(deltas), len(deltas) // 40
-    signature = metric.get_signature()
-    signature.update("seed", seed)
-    signature.update("bs", len(deltas))
+def _paired_score(name: str, results: Any, recorded: Sequence[float], samples: int, signature: str) -> PairedScore:
+    baseline, system = (float(result.score) for result in results)
+    # a paired test ends with the resamples of the baseline and, after them, those of the system
+    deltas = np.sort(np.subtract(recorded[-samples:], recorded[-2 * samples : -samples]))
+    cut = samples // 40
     return PairedScore(
-        name=scores[0].name,
-        baseline=float(scores[0].score),
-        system=float(scores[1].score),
-        delta=float(delta),
-        p_value=float(p_value),
-        low=float(ordered[cut]),
-        high=float(ordered[-cut - 1]),
-        signature=signature.format(),
+        name=name,
+        baseline=baseline,
+        system=system,
+        delta=system - baseline,
+        p_value=float(results[1].p_value) if deltas.any() else 1.0,
+        low=float(deltas[cut]),
+        high=float(deltas[-cut - 1]),
+        signature=signature,
     )

@@ -46,8 +46,8 @@ class Grid:
         max_tokens: Most tokens of a teacher-forced batch.
     """
 
-    k: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32])
-    lambda_: list[float] = field(default_factory=lambda: [0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
+    k: list[int] = field(default_factory=lambda: [2, 4, 8, 16, 32, 64])
+    lambda_: list[float] = field(default_factory=lambda: [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8])
     temperature: list[float] | None = None
     nprobe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     others: dict[str, list[Any]] = field(default_factory=dict)
@@ -226,13 +226,15 @@ def likelihoods(
     values = grid.values_for(mixture, memory.nlist)
     if "temperature" in mixture.combiner.option_names and "temperature" not in values:
         values["temperature"] = default_temperatures(*_nearest(model, memory, mixture, pairs, grid, values))
-    ks = values.pop("k", [None])
+    ks = values.pop("k") if "k" in mixture.retriever.option_names else [None]
     searching = _choices(values, (*mixture.retriever.option_names, *mixture.gate.option_names))
     weighing = _choices(values, tuple(set(mixture.combiner.option_names) - set(mixture.retriever.option_names)))
     largest = {} if ks == [None] else {"k": max(ks)}
     opened = [mixture.with_options(**options, **largest).open(model, memory) for options in searching]
-    combiners = [mixture.combiner.with_options(**options).to(model.device).eval() for options in weighing]
-    for combiner in combiners:
+    combiners = {}  # [number of k, number of other options -> combiner]
+    for (number, k), (other, options) in itertools.product(enumerate(ks), enumerate(weighing)):
+        both = {"k": k} if k is not None and "k" in mixture.combiner.option_names else {}
+        combiners[number, other] = combiner = mixture.combiner.with_options(**options, **both).to(model.device).eval()
         combiner.bind(model, memory)
     sums = torch.zeros(len(searching), len(ks), len(weighing), dtype=torch.float64)
     plain, tokens = 0.0, 0
@@ -244,8 +246,8 @@ def likelihoods(
         for place, each in enumerate(opened):
             each.begin(reference.batch)
             neighbors = each.neighbors(step)
-            for (number, k), (other, combiner) in itertools.product(enumerate(ks), enumerate(combiners)):
-                found = neighbors if k is None else neighbors.first(k)
+            for (number, other), combiner in combiners.items():
+                found = neighbors if (k := ks[number]) is None else neighbors.first(k)
                 log_probs = combiner.token_log_probs(step, found, reference.tokens)
                 sums[place, number, other] += float(log_probs.double().sum())
     candidates = []
@@ -342,6 +344,7 @@ def tune(
         log.info("%s: log-likelihood %.3f, BLEU %.2f", candidate.mixture, candidate.log_likelihood, bleu)
         finalists.append(Candidate(candidate.mixture, candidate.options, candidate.log_likelihood, bleu))
     finalists.sort(key=lambda candidate: -(candidate.bleu or 0.0))
+    warn_of_edges(finalists[0].options, grid.values_for(mixture, memory.nlist))
     if best <= plain:
         log.warning("no setting predicts the references better (%.3f) than the plain model (%.3f)", best, plain)
     if (finalists[0].bleu or 0.0) <= plain_bleu:
@@ -349,6 +352,16 @@ def tune(
             "no setting translates better (BLEU %.2f) than the plain model (%.2f)", finalists[0].bleu, plain_bleu
         )
     return Tuning(finalists[0].mixture, plain, plain_bleu, tuple(finalists), len(candidates), tokens)
+
+
+def warn_of_edges(chosen: Options, values: Mapping[str, list[Any]]) -> None:
+    """Say where the best value is the last one that was tried."""
+    for name, tried in values.items():
+        known = sorted(value for value in tried if isinstance(value, int | float))
+        if len(known) > 1 and chosen.get(name) == known[-1]:
+            log.warning("%s = %s is the largest value that was tried; a larger one may be better", name, known[-1])
+        elif len(known) > 1 and chosen.get(name) == known[0] and name not in ("k", "nprobe"):
+            log.warning("%s = %s is the smallest value that was tried; a smaller one may be better", name, known[0])
 
 
 def shortlist(candidates: list[Candidate], sufficient: float) -> list[Candidate]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 
-def imbalance_factor(sizes: Tensor) -> float:
+def imbalance(sizes: Tensor) -> Tensor:
     """Imbalance factor nlist · Σ n_i² / (Σ n_i)² of FAISS's inverted lists: 1 is perfect.
 
     If queries follow the data, a probe scans this many times the codes that it would in an even index.
@@ -13,17 +13,17 @@ def imbalance_factor(sizes: Tensor) -> float:
         sizes: Entries of each list, shape (nlist,).
 
     Returns:
-        The factor; 1 for an empty index.
+        Scalar, float64, on the device of the sizes; 1 for an empty index.
 
-    >>> imbalance_factor(torch.tensor([3, 1, 0, 0]))
-    2.5
+    >>> imbalance(torch.tensor([3, 1, 0, 0]))
+    tensor(2.5000, dtype=torch.float64)
     """
     counts = sizes.double()
-    total = float(counts.sum())
-    return 1.0 if total == 0 else len(counts) * float((counts**2).sum()) / total**2
+    total = counts.sum()
+    return torch.where(total == 0, 1.0, len(counts) * counts.square().sum() / total.square())
 
 
-def homogeneity(lists: Tensor, tokens: Tensor) -> float:
+def purity(lists: Tensor, tokens: Tensor) -> Tensor:
     """Homogeneity 1 − H(token | list) / H(token): 1 if each list holds entries of one token only.
 
     Args:
@@ -31,13 +31,13 @@ def homogeneity(lists: Tensor, tokens: Tensor) -> float:
         tokens: The target-token id of each entry, shape (N,).
 
     Returns:
-        A value in [0, 1]; 1 if there is only one token.
+        Scalar in [0, 1], float64, on the device of the tokens; 1 if there is only one token, or no entry.
 
-    >>> homogeneity(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 7, 7]))
-    1.0
+    >>> purity(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 7, 7]))
+    tensor(1., dtype=torch.float64)
     """
     if not len(tokens):
-        return 1.0
+        return torch.ones((), dtype=torch.float64, device=tokens.device)
     vocabulary = int(tokens.max()) + 1
     pairs = counts = torch.empty(0, dtype=torch.long, device=tokens.device)
     chunk = max(1 << 20, len(tokens) // 16)  # far fewer pairs than entries are different: there are many entries
@@ -46,11 +46,43 @@ def homogeneity(lists: Tensor, tokens: Tensor) -> float:
         pairs, places = torch.cat([pairs, found]).unique(return_inverse=True)
         counts = torch.zeros_like(pairs).index_add_(0, places, torch.cat([counts, times]))
     token_entropy = _entropy((pairs % vocabulary).bincount(counts))
-    if token_entropy == 0:
-        return 1.0
     list_entropy = _entropy((pairs // vocabulary).bincount(counts))
-    return 1.0 - max(0.0, _entropy(counts) - list_entropy) / token_entropy
+    return torch.where(token_entropy == 0, 1.0, 1.0 - (_entropy(counts) - list_entropy).clamp(min=0) / token_entropy)
 
 
-def _entropy(counts: Tensor) -> float:
-    return float(torch.special.entr(counts.double() / counts.sum()).sum())
+def imbalance_factor(sizes: Tensor) -> float:
+    """`imbalance` as a plain number, for reports.
+
+    >>> imbalance_factor(torch.tensor([3, 1, 0, 0]))
+    2.5
+    """
+    return float(imbalance(sizes))
+
+
+def homogeneity(lists: Tensor, tokens: Tensor) -> float:
+    """`purity` as a plain number, for reports.
+
+    >>> homogeneity(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 7, 7]))
+    1.0
+    """
+    return float(purity(lists, tokens))
+
+
+def scanned(sizes: Tensor, probed: Tensor) -> Tensor:
+    """Mean number of codes that a query scans: the entries of the lists that it probes.
+
+    Args:
+        sizes: Entries of each list, shape (nlist,).
+        probed: The lists that each query probes, shape (R, nprobe).
+
+    Returns:
+        Scalar, float64, on the device of the sizes.
+
+    >>> scanned(torch.tensor([3, 1, 0]), torch.tensor([[0, 1], [2, 1]]))
+    tensor(2.5000, dtype=torch.float64)
+    """
+    return sizes.double()[probed].sum(dim=1).mean()
+
+
+def _entropy(counts: Tensor) -> Tensor:
+    return torch.special.entr(counts.double() / counts.sum()).sum()

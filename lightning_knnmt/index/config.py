@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from lightning_knnmt.checks import check_at_least, check_one_of
+from lightning_knnmt.storage.layout import RESERVED
+
 Layout = Literal["whole", "shards"]
 Device = Literal["auto", "cpu", "gpu"]
 HNSW_LISTS = 16384  # from which on a graph finds a query's lists faster than comparing it with all centroids
-RESERVED = ("manifest", "building", "build")  # whose .json the datastore has
 
 
 @dataclass(frozen=True)
@@ -47,20 +49,25 @@ class IndexConfig:
     device: Device = "auto"
 
     def __post_init__(self) -> None:
-        if self.train_points is not None and self.train_points < 1:
-            raise ValueError(f"train_points is {self.train_points}, expected 1 or more")
-        for name in ("chunk", "part_entries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        check_at_least(1, train_points=self.train_points, chunk=self.chunk, part_entries=self.part_entries)
+        check_at_least(0, seed=self.seed)
         if not 0 <= self.split_lists < 1:
             raise ValueError(f"split_lists is {self.split_lists}, expected 0 or more and less than 1")
-        for name, choices in (("layout", get_args(Layout)), ("device", get_args(Device))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(choices)}")
+        check_one_of(get_args(Layout), layout=self.layout)
+        check_one_of(get_args(Device), device=self.device)
         if not self.name or Path(self.name).name != self.name or "." in self.name:
             raise ValueError(f"name is {self.name!r}, expected a file name without folders and dots")
         if self.name in RESERVED:
             raise ValueError(f"name is {self.name!r}, expected another than those that the datastore uses itself")
+
+
+def default_train_points(nlist: int | None) -> int:
+    """Keys to train on if nothing else is asked for.
+
+    Args:
+        nlist: Inverted lists; None if the index has none.
+    """
+    return max(65536, 64 * (nlist or 0))
 
 
 def choose_nlist(entries: int) -> int:

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import faiss
 
-from lightning_knnmt.index.layers import find_ivf, innermost, returns_hamming
+from lightning_knnmt.index.layers import innermost, returns_hamming
 
+RawIndex = faiss.Index  # of any family; others need not import FAISS to name it
 REFINED = 4  # candidates for each neighbor that a Refine index scores again; FAISS's 1 would only correct distances
 
 
@@ -32,15 +33,6 @@ def refusing(factory: str, what: str, expected: str) -> Iterator[None]:
         raise ValueError(f"factory is {factory!r}, which FAISS cannot {what} ({error}); expected {expected}") from error
 
 
-def default_train_points(nlist: int | None) -> int:
-    """Keys to train on if nothing else is asked for.
-
-    Args:
-        nlist: Inverted lists; None if the index has none.
-    """
-    return max(65536, 64 * (nlist or 0))
-
-
 def make_index(factory: str, key_size: int) -> faiss.Index:
     """An index that is neither trained nor filled.
 
@@ -64,24 +56,3 @@ def make_index(factory: str, key_size: int) -> faiss.Index:
     if hasattr(codes := innermost(index), "do_polysemous_training"):
         codes.do_polysemous_training = False  # orders the codes for a search that is not used here, in most of the time
     return index
-
-
-def check_sample(index: faiss.Index, factory: str, points: int, entries: int) -> None:
-    """Refuse to train more lists than there are points.
-
-    Args:
-        index: Not trained.
-        factory: Its factory string.
-        points: Keys to train on.
-        entries: N.
-
-    Raises:
-        ValueError: There are fewer points than lists.
-    """
-    ivf = find_ivf(index)
-    needed = 0 if ivf is None else ivf.nlist
-    if points < needed:
-        raise ValueError(
-            f"factory is {factory!r} with {needed} lists, but there are only {points} training points of {entries} "
-            f"entries; expected at least {needed}, better 39 per list: ask for fewer lists or more train_points"
-        )

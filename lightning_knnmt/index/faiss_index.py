@@ -55,6 +55,9 @@ class FaissIndex:
         self._gpus: Gpus | None = None
         self._searched = parts
         self._nprobe = 0  # of the last search
+        self._graphs = [graph for part in parts if (graph := find_graph(part)) is not None]
+        self._built_ef_search = [int(graph.hnsw.efSearch) for graph in self._graphs]
+        self._ef_search: int | None = None  # of the last search; None: as built
 
     @classmethod
     def load(cls, path: Path, *others: Path, first: int = 0, mmap: bool = False) -> Self:
@@ -143,7 +146,11 @@ class FaissIndex:
         """As `search`; more neighbors than a GPU can select are searched on the CPU."""
         parts = self._searched if k <= MOST_ON_GPU else self.parts
         self._choose(nprobe, ef_search)
-        queries = np.ascontiguousarray(queries, np.float32)
+        return self._search_in(parts, np.ascontiguousarray(queries, np.float32), k)
+
+    def _search_in(
+        self, parts: "tuple[faiss.Index, ...]", queries: NDArray[np.float32], k: int
+    ) -> tuple[Distances, Ids]:
         found = []
         for part, start in zip(parts, self._starts[:-1], strict=True):
             distances, ids = part.search(queries, k)
@@ -161,12 +168,12 @@ class FaissIndex:
                 for copy in self._searched:
                     self._gpus.set_nprobe(copy, nprobe)
             self._nprobe = nprobe
-        if ef_search is not None:
-            graphs = [graph for part in self.parts if (graph := find_graph(part)) is not None]
-            if not graphs:
-                raise ValueError(f"ef_search is {ef_search}, but the index has no HNSW graph; leave it out")
-            for graph in graphs:
-                graph.hnsw.efSearch = ef_search
+        if ef_search is not None and not self._graphs:
+            raise ValueError(f"ef_search is {ef_search}, but the index has no HNSW graph; leave it out")
+        if ef_search != self._ef_search:
+            for graph, built in zip(self._graphs, self._built_ef_search, strict=True):
+                graph.hnsw.efSearch = built if ef_search is None else ef_search
+            self._ef_search = ef_search
 
     def list_sizes(self) -> NDArray[np.int64] | None:
         """Entries of each inverted list, shape (nlist,)."""

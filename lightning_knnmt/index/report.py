@@ -1,14 +1,13 @@
-"""What is said of a built index, beside it."""
+"""The description of a built index: its settings, its checksums and how evenly it is filled, in NAME.json beside it."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from lightning_knnmt.index.config import IndexConfig, Layout
-from lightning_knnmt.index.factory import default_train_points
+from lightning_knnmt.index.config import IndexConfig, Layout, default_train_points
+from lightning_knnmt.storage.artifact import CHECKSUM, Artifact
 from lightning_knnmt.storage.errors import DatastoreError
-from lightning_knnmt.storage.files import file_sha256
 from lightning_knnmt.storage.layout import part_file
-from lightning_knnmt.storage.sealed import check_types, read_sealed, write_sealed
+from lightning_knnmt.storage.sealed import check_types, read_sealed
 
 
 @dataclass(frozen=True)
@@ -107,20 +106,29 @@ class IndexReport:
         Args:
             path: NAME.faiss.
         """
-        files = [path, *(part_file(path.parent, path.stem, number) for number in range(len(self.parts)))]
-        sums = [self.faiss_sha256, *(part.faiss_sha256 for part in self.parts)]
-        wrong = (
-            file for file, sha256 in zip(files, sums, strict=True) if not file.is_file() or file_sha256(file) != sha256
-        )
-        return next(wrong, None)
+        checksums = self.checksums(path).items()
+        return next((file for file, sha256 in checksums if not Artifact(file).is_whole(sha256)), None)
+
+    def checksums(self, path: Path) -> dict[Path, str]:
+        """SHA-256 of each of its files.
+
+        Args:
+            path: NAME.faiss.
+        """
+        parts = {part_file(path.parent, path.stem, number): part.faiss_sha256 for number, part in enumerate(self.parts)}
+        return {path: self.faiss_sha256, **parts}
 
     def save(self, path: Path) -> None:
-        """Write NAME.json, whole or not at all.
+        """Write the description, whole or not at all.
+
+        Args:
+            path: NAME.faiss.
 
         Raises:
             DatastoreError: It could not be written.
         """
-        write_sealed(path, asdict(self))
+        content = asdict(self)
+        Artifact(path).describe(content, content.pop(CHECKSUM))
 
     @classmethod
     def load(cls, path: Path) -> "IndexReport":

@@ -7,13 +7,13 @@ from numpy.typing import NDArray
 
 from lightning_knnmt.datastore.mapped_keys import MappedKeys
 
+CANDIDATES_AT_ONCE = 2048  # whose keys fit into a processor's cache
+
 
 def rescore(
     queries: NDArray[np.float32], candidates: NDArray[np.int64], keys: MappedKeys, k: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """The k nearest of each query's candidates by their stored keys.
-
-    A key that several queries have found is read once.
 
     Args:
         queries: Shape (R, D).
@@ -24,16 +24,20 @@ def rescore(
     Returns:
         Exact squared L2 distances and entry numbers, shapes (R, K), nearest first; +inf and −1 where there is none.
     """
-    entries, places = np.unique(candidates, return_inverse=True)
-    places = places.reshape(candidates.shape)
-    if missing := int(np.searchsorted(entries, 0)):  # 1 if −1 is among them
-        entries, places = entries[missing:], places - missing
-    stored = torch.from_numpy(keys.rows(entries)).float().numpy()  # several times as fast as numpy's conversion
-    queries = np.ascontiguousarray(queries, np.float32)
-    places = np.ascontiguousarray(places, np.int64)
-    distances = np.empty(candidates.shape, np.float32)
-    pointers = [faiss.swig_ptr(array) for array in (distances, queries, stored, places)]
-    faiss.fvec_L2sqr_by_idx(*pointers, queries.shape[1], *candidates.shape)  # type: ignore[attr-defined]
-    distances[candidates < 0] = np.inf
-    order = np.argsort(distances, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(distances, order, 1), np.take_along_axis(candidates, order, 1)
+    count, each = candidates.shape
+    missing = candidates < 0
+    distances = np.full(candidates.shape, np.inf, np.float32)
+    if not missing.all() and count:
+        entries = np.where(missing, candidates.max(), candidates)  # any that there is
+        queries = np.ascontiguousarray(queries, np.float32)
+        step = max(1, CANDIDATES_AT_ONCE // each)
+        places = np.arange(min(step, count) * each)
+        for first in range(0, count, step):
+            block = entries[first : first + step]
+            stored = torch.from_numpy(keys.rows(block.reshape(-1))).float().numpy()  # faster than numpy's conversion
+            pointers = [faiss.swig_ptr(array) for array in (distances[first:], queries[first:], stored, places)]
+            faiss.fvec_L2sqr_by_idx(*pointers, queries.shape[1], *block.shape)  # type: ignore[attr-defined]
+        distances[missing] = np.inf
+    order = distances.argsort(1, kind="stable")[:, :k]
+    rows = np.arange(count)[:, None]
+    return distances[rows, order], candidates[rows, order]

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from lightning_knnmt.backbone.keyed_model import KeyedModel
 
 
+SPARE = 8  # candidates beyond K, among which rounding cannot hide one of the K nearest
+
+
 class Memory(Protocol):
     """Keys and values of N stored contexts that can be searched; on disk (`index.memory`) or in RAM."""
 
@@ -62,6 +65,12 @@ class Memory(Protocol):
 
 class RamMemory:
     """Keys in RAM, searched exactly by torch on the keys' device: for small memories, made in a moment.
+
+    >>> memory = RamMemory(torch.eye(2), torch.tensor([7, 8]), [Pair("a b", "c d")], [2])
+    >>> memory.search(torch.tensor([[0.0, 0.5]]), k=1).values
+    tensor([[8]])
+    >>> memory.context(1).position
+    1
 
     Args:
         keys: Shape (N, D).
@@ -113,9 +122,15 @@ class RamMemory:
     def search(
         self, queries: Tensor, k: int, nprobe: int = 8, rescore: int = 0, ef_search: int | None = None
     ) -> Neighbors:
-        """The k nearest entries of queries of shape (R, D): always exact, so that other options change nothing."""
+        """The k nearest entries of queries of shape (R, D): always exact, so that other options change nothing.
+
+        Raises:
+            ValueError: The queries have another D, or k is too small.
+        """
         check_at_least(1, k=k)
-        queries = queries.detach().float()
+        device, queries = queries.device, queries.detach().to(self.keys.device).float()
+        if queries.ndim != 2 or queries.shape[1] != self.key_size:
+            raise ValueError(f"queries have shape {tuple(queries.shape)}, expected (R, {self.key_size}) as the keys")
         nearest = min(k, len(self))
         distances = queries.new_full((len(queries), k), torch.inf)
         ids = torch.full((len(queries), k), -1, dtype=torch.long, device=queries.device)
@@ -125,13 +140,13 @@ class RamMemory:
             for rows in torch.arange(len(queries), device=queries.device).split(max(1, self.block // len(self))):
                 asked = queries[rows]
                 rough = self._norms - 2 * asked @ keys.T  # [R, N], squared distances but for the queries' own norms
-                entries = rough.topk(nearest, largest=False).indices
-                exact = (keys[entries] - asked[:, None]).square().sum(2)  # [R, K]
+                entries = rough.topk(min(len(self), nearest + SPARE), largest=False).indices.sort(1).values
+                exact = (keys[entries] - asked[:, None]).square().sum(2)  # [R, K + SPARE]
                 exact, order = exact.sort(dim=1, stable=True)
-                distances[rows, :nearest] = exact
-                ids[rows, :nearest] = entries.gather(1, order)
+                distances[rows, :nearest] = exact[:, :nearest]
+                ids[rows, :nearest] = entries.gather(1, order)[:, :nearest]
             values[:, :nearest] = self.values[ids[:, :nearest]].long()
-        return Neighbors(distances, values, ids)
+        return Neighbors(distances, values, ids).to(device)
 
     def context(self, entry: int) -> StoredContext:
         """The sentence pair that an entry comes from, and its position.

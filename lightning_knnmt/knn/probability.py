@@ -28,6 +28,7 @@ def knn_log_weights(distances: Tensor, temperature: float) -> Tensor:
     """
     distances = distances.float()
     nearest = distances.amin(-1, keepdim=True) if distances.shape[-1] else distances
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)  # which would be 0 in float32, and 0 / 0
     scores = (distances - nearest.nan_to_num(posinf=0.0)).neg().div(temperature)
     return (scores - torch.logsumexp(scores, -1, keepdim=True)).nan_to_num(nan=-math.inf, neginf=-math.inf)
 
@@ -64,7 +65,19 @@ def token_log_probs(log_weights: Tensor, values: Tensor, tokens: Tensor) -> Tens
     >>> token_log_probs(torch.tensor([[0.25, 0.75]]).log(), torch.tensor([[1, 2]]), torch.tensor([2])).exp()
     tensor([0.7500])
     """
-    return (log_weights.exp() * (values == tokens[:, None])).sum(1).log()
+    return log_or_minus_inf((log_weights.exp() * (values == tokens[:, None])).sum(1))
+
+
+def log_or_minus_inf(probabilities: Tensor) -> Tensor:
+    """Logarithm whose gradient is 0, not infinite, where a probability is 0: combiners are trained through it.
+
+    >>> p = torch.tensor([0.0, 1.0], requires_grad=True)
+    >>> log_or_minus_inf(p).exp().sum().backward()
+    >>> p.grad
+    tensor([0., 1.])
+    """
+    positive = probabilities > 0
+    return torch.where(positive, torch.where(positive, probabilities, 1.0).log(), -math.inf)
 
 
 def neighbor_log_probs(log_weights: Tensor, values: Tensor) -> Tensor:
@@ -125,7 +138,8 @@ def mix_logits(
         alone = (lambda_ >= 1) & log_probs.isfinite().any(1, keepdim=True)  # [R, 1], rows of neighbors only
         logits.masked_fill_(alone, -math.inf)
         shift = lambda_.log() - torch.log1p(-lambda_)
-        retrieved = torch.where(alone, log_probs, torch.logaddexp(before, log_normalizer + shift + log_probs))
+        added = torch.where(log_probs.isfinite(), log_normalizer + shift + log_probs, -math.inf)  # λ = 1: not ∞ − ∞
+        retrieved = torch.where(alone, log_probs, torch.logaddexp(before, added))
     elif lambda_ == 1:
         found = log_probs.isfinite().any(1, keepdim=True)  # [R, 1]
         logits.masked_fill_(found, -math.inf)

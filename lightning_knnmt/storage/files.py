@@ -2,29 +2,43 @@
 
 import hashlib
 import io
+import json
+import math
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from lightning_knnmt.storage.errors import DatastoreError
-
-PARTIAL = ".partial"  # ends the name of a file that is being written
+from lightning_knnmt.storage.layout import PARTIAL
 
 
 def file_sha256(path: Path) -> str:
-    """Checksum of a file, read in pieces."""
-    digest = hashlib.sha256()
+    """Checksum of a file."""
     with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_inside(path: Path, folder: Path) -> bool:
     """Whether a path leads to a file directly in a folder, links followed."""
     return path.resolve().parent == folder.resolve()
+
+
+def file_problem(path: Path, sha256: str, remedy: str) -> str | None:
+    """What is wrong with a file, in words that follow its name; None if every byte is as it was written.
+
+    Args:
+        path: The file, expected directly in its folder.
+        sha256: Its checksum.
+        remedy: What to do.
+    """
+    if not path.is_file():
+        return f"is missing; {remedy}"
+    if not is_inside(path, path.parent):
+        return f"is a link to {path.resolve()}, expected a file in the datastore's folder"
+    return None if file_sha256(path) == sha256 else f"is damaged (its checksum is another); {remedy}"
 
 
 class PartialFile(io.RawIOBase):
@@ -42,7 +56,7 @@ class PartialFile(io.RawIOBase):
         self.path = path
         self.error: OSError | None = None
         self._partial = path.with_name(path.name + PARTIAL)
-        self._partial.unlink(missing_ok=True)  # or a link would be followed
+        self._partial.unlink(missing_ok=True)  # a link goes, and not what it names
         self._file = self._partial.open("x+b", buffering=0)
         self._position = self._size = 0
         self._unwritten: list[tuple[int, bytes]] = []  # [(position, content)]
@@ -137,6 +151,53 @@ def durable_file(path: Path) -> Iterator[PartialFile]:
         if file.error is not None:
             raise _not_written(path, file.error) from file.error
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all; its folder is made if it is not there.
+
+    Raises:
+        DatastoreError: It could not be written; it then is as it was before.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _not_written(path, error) from error
+    with durable_file(path) as file:
+        file.write(text.encode())
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all; a number that JSON does not know, such as NaN, is null.
+
+    Raises:
+        DatastoreError: It could not be written; it then is as it was before.
+    """
+    write_text(path, json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def link_or_copy(file: Path, to: Path) -> None:
+    """Give a file that is never written to a second name, or copy it where a disk has no links.
+
+    Raises:
+        DatastoreError: It could not be copied.
+    """
+    to.unlink(missing_ok=True)
+    try:
+        os.link(file, to)
+    except OSError:
+        with durable_file(to) as copy, file.open("rb") as original:
+            shutil.copyfileobj(original, copy)
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,9 +11,8 @@ from pathlib import Path
 from typing import IO
 
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.layout import LOCK
 from lightning_knnmt.storage.ranks import Ranks
-
-FILE_NAME = "writer.lock"  # stays in the folder; what counts is the lock on it, which ends with its process
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def only_writer(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
 
         def enter(shared: bool) -> IO[bytes]:
             file = stack.enter_context(_open(folder))
-            if not _lock(file, folder / FILE_NAME, shared):
+            if not _lock(file, folder / LOCK, shared):
                 holder = file.read(200).decode(errors="replace").strip() or "another process"
                 raise DatastoreError(
                     f"{folder} is being written to by {holder}; wait until it has finished, or choose another folder"
@@ -49,7 +49,7 @@ def only_writer(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
                 raise _not_writable(folder, error) from error
             stack.callback(file.truncate, 0)
             if ranks.size > 1:
-                _lock(file, folder / FILE_NAME, shared=True)
+                _lock(file, folder / LOCK, shared=True)
 
         def enter_other() -> None:
             if ranks.rank > 0:
@@ -62,11 +62,20 @@ def only_writer(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
 
 
 def _open(folder: Path) -> IO[bytes]:
+    """The file whose lock counts, which stays in the folder: a regular one, since its content is replaced."""
+    path = folder / LOCK
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return os.fdopen(os.open(folder / FILE_NAME, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
+        descriptor = None if path.is_symlink() else os.open(path, flags, 0o666)
     except OSError as error:
         raise _not_writable(folder, error) from error
+    found = path.lstat() if descriptor is None else os.fstat(descriptor)
+    if descriptor is not None and stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+        return os.fdopen(descriptor, "r+b", buffering=0)
+    if descriptor is not None:
+        os.close(descriptor)
+    raise DatastoreError(f"{path} is a link or no plain file, expected a plain file of one name; remove it")
 
 
 def _not_writable(folder: Path, error: OSError) -> DatastoreError:

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from torch import distributed
-
-from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.storage.errors import DatastoreError
 
 T = TypeVar("T")
@@ -30,7 +28,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    group: distributed.ProcessGroup | None = None
+    group: Any = None
 
     def each(self, make: Callable[[], T]) -> list[T]:
         """What every rank makes, in the order of the ranks, on all of them.
@@ -41,6 +39,8 @@ class Ranks:
         """
         if self.size == 1:
             return [make()]
+        from torch import distributed
+
         made: T | None = None
         failed: Exception | None = None
         try:
@@ -82,7 +82,7 @@ class Processes:
     Attributes:
         devices: Processes on each machine; with GPUs, one for each.
         num_nodes: Machines; all of them see the datastore's folder.
-        accelerator: `auto`: that of the backbone's device.
+        accelerator: `auto`: that of the model's device.
         strategy: `auto`: DDP.
     """
 
@@ -92,13 +92,11 @@ class Processes:
     strategy: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("devices", "num_nodes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        check_at_least(1, devices=self.devices, num_nodes=self.num_nodes)
 
     @contextmanager
-    def start(self, backbone: KeyedModel) -> Iterator[Ranks]:
-        """Start what is not started yet, each process with its backbone on its own device.
+    def start(self, model: Any) -> Iterator[Ranks]:
+        """Start what is not started yet, each process with its model on its own device.
 
         Raises:
             ValueError: Another number of processes was started than was asked for.
@@ -116,8 +114,9 @@ class Processes:
             return
         from lightning.fabric import Fabric
         from lightning.fabric.strategies import DDPStrategy
+        from torch import distributed
 
-        accelerator = backbone.device.type if self.accelerator == "auto" else self.accelerator
+        accelerator = model.device.type if self.accelerator == "auto" else self.accelerator
         strategy = DDPStrategy(timeout=ARRIVAL) if self.strategy in ("auto", "ddp") else self.strategy
         try:
             fabric = Fabric(accelerator=accelerator, devices=self.devices, num_nodes=self.num_nodes, strategy=strategy)
@@ -125,7 +124,7 @@ class Processes:
             group = distributed.new_group(timeout=PATIENCE, backend="gloo")
         except RuntimeError as error:
             raise DatastoreError(f"the {wanted} processes of this build could not all be started: {error}") from error
-        backbone.to(fabric.device)
+        model.to(fabric.device)
         try:
             yield Ranks(fabric.global_rank, fabric.world_size, group)
         finally:
@@ -137,7 +136,7 @@ def started_processes() -> tuple[str | None, int]:
 
     A shell that SLURM opened, or a script that it runs, is no such command: `srun` is.
     """
-    if distributed.is_torchelastic_launched():
+    if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun", int(os.environ["WORLD_SIZE"])
     if "SLURM_STEP_NUM_TASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         return "srun", int(os.environ["SLURM_STEP_NUM_TASKS"])

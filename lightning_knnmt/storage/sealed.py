@@ -7,10 +7,10 @@ from types import UnionType
 from typing import Any, get_origin, get_type_hints
 
 from lightning_knnmt.storage.errors import DatastoreError
-from lightning_knnmt.storage.files import durable_file
+from lightning_knnmt.storage.files import write_text
 
-FORMAT = 2  # version of the layout of a datastore and of what is said of its indexes
-LARGEST = 1 << 28  # bytes; a datastore of a billion entries has a manifest of less than a megabyte
+FORMAT = 2  # version of the layout of a datastore and of the descriptions of its indexes
+LARGEST_FILE = 1 << 28  # bytes; a datastore of a billion entries has a manifest of less than a megabyte
 
 
 def write_sealed(path: Path, content: dict[str, Any]) -> None:
@@ -19,11 +19,10 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
     Raises:
         DatastoreError: It could not be written.
     """
-    text = _text(content).encode()
-    if len(text) > LARGEST:
-        raise DatastoreError(f"{path} would have {len(text)} bytes, expected no more than {LARGEST}")
-    with durable_file(path) as file:
-        file.write(text)
+    text = _text(content)
+    if len(text) > LARGEST_FILE:
+        raise DatastoreError(f"{path} would have {len(text)} bytes, expected no more than {LARGEST_FILE}")
+    write_text(path, text)
 
 
 def content_sha256(content: dict[str, Any]) -> str:
@@ -38,8 +37,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
         DatastoreError: It was written by another version.
         ValueError: It is damaged.
     """
-    if path.stat().st_size > LARGEST:
-        raise ValueError(f"it has {path.stat().st_size} bytes, expected no more than {LARGEST}")
+    if path.stat().st_size > LARGEST_FILE:
+        raise ValueError(f"it has {path.stat().st_size} bytes, expected no more than {LARGEST_FILE}")
     text = path.read_bytes().decode()
     try:
         content = json.loads(text)

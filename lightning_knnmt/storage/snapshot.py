@@ -4,14 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from lightning_knnmt.datastore.manifest import FILE_NAME
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.layout import MANIFEST
 
 T = TypeVar("T")
 TRIES = 10  # one is in vain only if a change has come to its end meanwhile
 
 
-def open_together(folder: Path, attempt: Callable[[], T], manifest: str = FILE_NAME) -> T:
+def open_together(folder: Path, attempt: Callable[[], T], manifest: str = MANIFEST) -> T:
     """Open files that one manifest names; once more if they are gone since another manifest is in force by now.
 
     Args:

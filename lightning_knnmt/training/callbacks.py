@@ -9,7 +9,7 @@ from lightning_knnmt.training.module import TranslationModule
 
 
 class ExportBackbone(L.Callback):
-    """Write the model as a Hugging Face folder after each validation that is the best so far.
+    """Write the model as a Hugging Face folder after each validation of a training that is the best so far.
 
     The weights of the last step are validated, and so written, whatever the interval of validations is.
 
@@ -29,7 +29,7 @@ class ExportBackbone(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the model if it is the best so far."""
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         value = float("-inf") if self.monitor is None else float(trainer.callback_metrics[self.monitor])
         if value <= self.best:

@@ -1,6 +1,7 @@
 """How well an index over the keys of a model in training would be balanced."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -8,48 +9,104 @@ import torch
 from torch import Tensor
 
 from lightning_knnmt.backbone.batch import Batch
-from lightning_knnmt.index.clustering import assign_to_lists
+from lightning_knnmt.checks import check_at_least
+from lightning_knnmt.dispersion import functional as F
+from lightning_knnmt.index.balance import imbalance, purity, scanned
 from lightning_knnmt.index.config import choose_nlist
-from lightning_knnmt.training.metrics import (
-    Homogeneity,
-    ImbalanceFactor,
-    KeySample,
-    MeanResultantLength,
-    SphericalVariance,
-)
+from lightning_knnmt.index.splitting import split_centroids
+from lightning_knnmt.training.metrics import KeySample
 from lightning_knnmt.training.pictures import list_size_histogram, log_figure
+
+
+@dataclass(frozen=True)
+class Health:
+    """An inverted file over N keys, measured.
+
+    Attributes:
+        sizes: Entries of each list, shape (nlist,).
+        values: Scalars by the names under which they are logged, on the device of the keys.
+    """
+
+    sizes: Tensor
+    values: dict[str, Tensor]
+
+
+def index_health(
+    keys: Tensor, tokens: Tensor, queries: Tensor, centroids: Tensor, nprobe: int, chunk: int = 4096
+) -> Health:
+    """Put keys into the lists of their nearest centroids, and measure the lists and what queries scan of them.
+
+    Args:
+        keys: Entries of the index, shape (N, D).
+        tokens: Their target tokens, shape (N,).
+        queries: Keys that are not in the index, shape (R, D).
+        centroids: Of the lists, shape (nlist, D).
+        nprobe: Lists that a query scans; all, if there are fewer.
+        chunk: Keys whose distances are held in memory at once.
+    """
+    lists = nearest_lists(keys, centroids, 1, chunk)[:, 0]
+    sizes = torch.bincount(lists, minlength=len(centroids))
+    probed = nearest_lists(queries, centroids, min(nprobe, len(centroids)), chunk)
+    length = F.mean_resultant_length(keys)
+    values = {
+        "imbalance_factor": imbalance(sizes),
+        "homogeneity": purity(lists, tokens),
+        "mean_resultant_length": length,
+        "spherical_variance": 1 - length,
+        "codes_scanned": scanned(sizes, probed),
+    }
+    return Health(sizes, values)
+
+
+def nearest_lists(keys: Tensor, centroids: Tensor, number: int, chunk: int = 4096) -> Tensor:
+    """The lists with the nearest centroids (squared L2) of each key, nearest first: (N, D), (nlist, D) -> (N, number).
+
+    >>> centroids = torch.tensor([[0.0, 0.0], [5.0, 0.0], [9.0, 0.0]])
+    >>> nearest_lists(torch.tensor([[8.0, 1.0]]), centroids, number=2)
+    tensor([[2, 1]])
+    """
+    found = [torch.cdist(part, centroids).topk(number, largest=False).indices for part in keys.split(chunk)]
+    return torch.cat(found)
 
 
 class IndexHealth(L.Callback):
     """Build the lists of an inverted file over held-out keys in each validation, and log how even they are.
 
     Logs `val/imbalance_factor`, `val/homogeneity`, `val/mean_resultant_length`, `val/spherical_variance`,
-    `val/codes_scanned` (expected codes that a query scans in an index of the sample, nprobe · N · imbalance / nlist),
-    and the picture `val/list_sizes`. The values are there before any checkpoint or early stop looks for them. Even keys
-    without structure have an imbalance factor of about 1 + nlist / N: compare only samples of one size.
+    `val/codes_scanned`, and the picture `val/list_sizes`. `val/codes_scanned` is measured: the mean number of entries
+    that other keys of the validation split, which are not in the index, scan as queries. The values are there before
+    any checkpoint or early stop looks for them. Even keys without structure have an imbalance factor of about
+    1 + nlist / N: compare only samples of one size.
 
     Args:
         nlist: Lists; None: the power of two nearest to the square root of the number of keys.
-        max_keys: Keys sampled uniformly from the validation split.
+        max_keys: Keys in the index, sampled uniformly from the validation split.
         nprobe: Lists that a query scans.
+        queries: Keys sampled as queries beside those; at most a tenth of the validation split's keys.
         seed: Seed of the sample and of k-means.
         picture: Whether to draw the histogram of list sizes.
     """
 
     def __init__(
-        self, nlist: int | None = None, max_keys: int = 50_000, nprobe: int = 8, seed: int = 1, picture: bool = True
+        self,
+        nlist: int | None = None,
+        max_keys: int = 50_000,
+        nprobe: int = 8,
+        queries: int = 2000,
+        seed: int = 1,
+        picture: bool = True,
     ) -> None:
-        for name, value in {"nlist": nlist, "max_keys": max_keys, "nprobe": nprobe}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}, expected 1 or more")
+        check_at_least(1, nlist=nlist, max_keys=max_keys, nprobe=nprobe, queries=queries)
         if nlist is not None and nlist > max_keys:
             raise ValueError(f"nlist is {nlist}, expected at most max_keys={max_keys}")
-        self.nlist, self.max_keys, self.nprobe, self.seed, self.picture = nlist, max_keys, nprobe, seed, picture
+        self.nlist, self.max_keys, self.nprobe, self.queries = nlist, max_keys, nprobe, queries
+        self.seed, self.picture = seed, picture
         self.sample: KeySample | None = None
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin a new sample, the same in every validation."""
-        self.sample = KeySample(self.max_keys, self.seed, trainer.global_rank).to(pl_module.device)
+        wanted = self.max_keys + self.queries
+        self.sample = KeySample(wanted, self.seed, trainer.global_rank).to(pl_module.device)
 
     def on_validation_batch_end(
         self,
@@ -69,36 +126,24 @@ class IndexHealth(L.Callback):
         self.sample.update(outputs["keys"].float(), outputs["tokens"])
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Make the lists on the first process, measure on all, and log."""
+        """Measure on the first process, and log on all."""
         if trainer.sanity_checking or self.sample is None:
             return
-        (keys, tokens), self.sample = self.sample.compute(), None
-        nlist = choose_nlist(len(keys)) if self.nlist is None else self.nlist
-        first = trainer.is_global_zero
-        assigned = assign_to_lists(keys.cpu().numpy(), nlist, self.seed) if first else None
-        lists = torch.from_numpy(trainer.strategy.broadcast(assigned)).to(keys.device)
-        mine = slice(trainer.global_rank, None, trainer.world_size)  # the metrics sum over processes
-        values = _measure(keys[mine], tokens[mine], lists[mine], nlist)
-        values["codes_scanned"] = min(self.nprobe, nlist) * len(keys) * values["imbalance_factor"] / nlist
-        for name, value in values.items():
+        (keys, tokens), self.sample = self.sample.compute(), None  # of all processes
+        values: dict[str, float] = {}
+        if trainer.is_global_zero:
+            health = self._measure(keys, tokens)
+            values = {name: float(value) for name, value in health.values.items()}
+            if self.picture:
+                log_figure(trainer, "val/list_sizes", list_size_histogram(health.sizes.cpu(), trainer.global_step))
+        for name, value in trainer.strategy.broadcast(values).items():
             pl_module.log(f"val/{name}", value)
-        if self.picture and first:
-            sizes = torch.bincount(lists, minlength=nlist).cpu()
-            log_figure(trainer, "val/list_sizes", list_size_histogram(sizes, trainer.global_step))
 
-
-def _measure(keys: Tensor, tokens: Tensor, lists: Tensor, nlist: int) -> dict[str, float]:
-    imbalance = ImbalanceFactor(nlist).to(keys.device)
-    purity = Homogeneity().to(keys.device)
-    length = MeanResultantLength(keys.shape[1]).to(keys.device)
-    variance = SphericalVariance(keys.shape[1]).to(keys.device)
-    imbalance.update(lists)
-    purity.update(lists, tokens)
-    length.update(keys)
-    variance.update(keys)
-    return {
-        "imbalance_factor": float(imbalance.compute()),
-        "homogeneity": float(purity.compute()),
-        "mean_resultant_length": float(length.compute()),
-        "spherical_variance": float(variance.compute()),
-    }
+    def _measure(self, keys: Tensor, tokens: Tensor) -> Health:
+        if len(keys) < 2:
+            raise ValueError(f"the validation split has {len(keys)} target token, expected 2 or more for IndexHealth")
+        held_out = max(1, min(self.queries, len(keys) // 10))
+        queries, keys, tokens = keys[:held_out], keys[held_out:], tokens[held_out:]
+        nlist = choose_nlist(len(keys)) if self.nlist is None else self.nlist
+        centroids = split_centroids(keys.cpu().numpy(), nlist, share=0.0, seed=self.seed)
+        return index_health(keys, tokens, queries, torch.from_numpy(centroids).to(keys.device), self.nprobe)

@@ -1,16 +1,20 @@
-"""Metrics of keys and of how they fill an index; updated in pieces and summed over processes (torchmetrics)."""
+"""Metrics of keys and of how they fill an index; updated in pieces and summed over processes (torchmetrics).
+
+Each takes tensors and gives a tensor on the same device.
+"""
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.dispersion.functional.directions import directions
-from lightning_knnmt.index.balance import homogeneity, imbalance_factor
+from lightning_knnmt.index.balance import imbalance, purity
 
 
 class ImbalanceFactor(Metric):
-    """Imbalance factor of an index's lists: `index.balance.imbalance_factor`.
+    """Imbalance factor of an index's lists: `index.balance.imbalance`.
 
     Args:
         nlist: Number of lists.
@@ -22,8 +26,7 @@ class ImbalanceFactor(Metric):
 
     def __init__(self, nlist: int) -> None:
         super().__init__()
-        if nlist < 1:
-            raise ValueError(f"nlist is {nlist}, expected 1 or more")
+        check_at_least(1, nlist=nlist)
         self.nlist = nlist
         self.add_state("sizes", torch.zeros(nlist, dtype=torch.long), dist_reduce_fx="sum")
 
@@ -45,11 +48,11 @@ class ImbalanceFactor(Metric):
 
     def compute(self) -> Tensor:
         """The factor; 1 is perfect."""
-        return torch.tensor(imbalance_factor(self.sizes))
+        return imbalance(self.sizes).float()
 
 
 class Homogeneity(Metric):
-    """Homogeneity of target tokens over an index's lists: `index.balance.homogeneity`."""
+    """Homogeneity of target tokens over an index's lists: `index.balance.purity`."""
 
     higher_is_better = True
     full_state_update = False
@@ -80,13 +83,13 @@ class Homogeneity(Metric):
 
     def compute(self) -> Tensor:
         """A value in [0, 1]; 1 if each list holds entries of one token only."""
-        return torch.tensor(homogeneity(dim_zero_cat(self.lists), dim_zero_cat(self.tokens)))
+        return purity(dim_zero_cat(self.lists), dim_zero_cat(self.tokens)).float()
 
 
 class MeanResultantLength(Metric):
     """Length of the mean direction ‖mean x̂‖ of vectors: 0 if they balance, 1 if all point the same way.
 
-    Zero vectors have no direction and do not count.
+    The dispersion loss of the same name minimises it. Zero vectors have no direction and do not count.
 
     Args:
         key_size: D.
@@ -114,7 +117,7 @@ class MeanResultantLength(Metric):
 
 
 class SphericalVariance(MeanResultantLength):
-    """Spherical variance 1 − ‖mean x̂‖ of vectors: 1 if their directions balance.
+    """Spherical variance 1 − ‖mean x̂‖ of vectors, the complement of the mean resultant length: 1 if they balance.
 
     Args:
         key_size: D.
@@ -145,8 +148,7 @@ class KeySample(Metric):
 
     def __init__(self, max_keys: int, seed: int = 1, rank: int = 0) -> None:
         super().__init__()
-        if max_keys < 1:
-            raise ValueError(f"max_keys is {max_keys}, expected 1 or more")
+        check_at_least(1, max_keys=max_keys)
         self.max_keys, self.seed, self.rank = max_keys, seed, rank
         for name in ("keys", "tokens", "priorities"):
             self.add_state(name, [], dist_reduce_fx="cat")
@@ -176,7 +178,9 @@ class KeySample(Metric):
             self._held = self.max_keys
 
     def compute(self) -> tuple[Tensor, Tensor]:
-        """Keys and tokens of the sample, shapes (N', D) and (N',) with N' ≤ max_keys; the order has no meaning.
+        """Keys and tokens of the sample, shapes (N', D) and (N',) with N' ≤ max_keys.
+
+        Their order is drawn, too: any first part is a uniform sample itself.
 
         Raises:
             ValueError: Nothing was offered.

@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 
+from lightning_knnmt.checks import check_at_least, check_number
+
 
 @dataclass(frozen=True)
 class Schedule:
     """Linear warm-up, inverse square root, and a linear decay to zero at the end.
 
     Attributes:
-        lr: Peak learning rate.
+        lr: Peak learning rate, at most 1.
         warmup_steps: Optimizer steps until the peak.
-        max_steps: Step at which the rate is 0; None: no final decay.
+        max_steps: Step at which the rate is 0; None: no final decay. On the command line it is `--trainer.max_steps`.
         decay_steps: Length of the final decay, in steps.
     """
 
@@ -20,8 +22,11 @@ class Schedule:
     decay_steps: int = 0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ValueError(f"lr is {self.lr}, expected more than 0")
+        check_number(above_zero=True, lr=self.lr)
+        if self.lr > 1:
+            raise ValueError(f"lr is {self.lr!r}, expected at most 1")
+        check_at_least(0, warmup_steps=self.warmup_steps, decay_steps=self.decay_steps)
+        check_at_least(1, max_steps=self.max_steps)
         if self.max_steps is not None and self.warmup_steps + self.decay_steps > self.max_steps:
             raise ValueError(
                 f"warmup_steps + decay_steps is {self.warmup_steps + self.decay_steps}, "

@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore, ShardInfo
-from lightning_knnmt.datastore.manifest import shard_name
 from lightning_knnmt.datastore.shard import ShardWriter
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.factory import make_index
 from lightning_knnmt.index.faiss_index import write_index
 from lightning_knnmt.index.layers import find_ivf
 from lightning_knnmt.storage.files import file_sha256
+from lightning_knnmt.storage.layout import shard_file
 from lightning_knnmt.timing import now
 
-KEYS = 3 << 16  # of the measured indexes, if as many are planned: chunks enough for arrays to grow twice
+MEASURED_KEYS = 3 << 16  # of the small indexes, if as many are planned: chunks enough for arrays to grow twice
 CODE_POINTS = 65536  # from which on training PQ, OPQ or SQ takes no longer, as FAISS uses no more
 KMEANS_ITERATIONS = 10  # of FAISS for inverted lists
 POINTS_PER_LIST = 256  # more are left out by FAISS's k-means
-WORK = 4e11  # multiplications of the largest k-means that is measured, and of finding the lists of keys
+MEASURED_MULTIPLICATIONS = 4e11  # of the largest k-means that is run, and of finding the lists of keys
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def measure_index(store: Datastore, config: IndexConfig, entries: int) -> IndexR
     factory, key_size = config.factory, store.key_size
     index = make_index(factory, key_size)
     nlist = None if (ivf := find_ivf(index)) is None else int(ivf.nlist)
-    size = min(entries, KEYS)
+    size = min(entries, MEASURED_KEYS)
     points = min(config.train_points or size, CODE_POINTS, size)
     lists = None if nlist is None else _affordable(nlist, points, key_size)
     parts = 2 if entries > config.part_entries else 1
@@ -141,9 +141,9 @@ def with_lists(factory: str, nlist: int | None) -> str:
 
 def _affordable(nlist: int, points: int, key_size: int) -> int:
     """As many of the lists as k-means finds within the measured work, at least one: a power of two if not all."""
-    if kmeans_work(points, nlist, key_size) <= WORK:
+    if kmeans_work(points, nlist, key_size) <= MEASURED_MULTIPLICATIONS:
         return nlist
-    return max(1, 2 ** int(log2(WORK / (points * key_size * KMEANS_ITERATIONS))))
+    return max(1, 2 ** int(log2(MEASURED_MULTIPLICATIONS / (points * key_size * KMEANS_ITERATIONS))))
 
 
 def _unfilled(factory: str, keys: NDArray[np.float32], folder: Path) -> tuple[float, int]:
@@ -155,7 +155,7 @@ def _unfilled(factory: str, keys: NDArray[np.float32], folder: Path) -> tuple[fl
         keys = np.pad(keys, ((0, 0), (0, max(0, ivf.d - keys.shape[1]))))[:, : ivf.d]  # after transforms: other sizes
         ivf.quantizer.train(keys[rows])
         ivf.quantizer.add(keys[rows])
-        keys = np.ascontiguousarray(keys[: max(1024, int(WORK / (ivf.nlist * ivf.d)))])
+        keys = np.ascontiguousarray(keys[: max(1024, int(MEASURED_MULTIPLICATIONS / (ivf.nlist * ivf.d)))])
         start = now()
         ivf.quantizer.search(keys, 1)
         seconds = (now() - start) / len(keys)
@@ -171,7 +171,7 @@ def _noisy(store: Datastore, entries: int) -> Datastore:
     folder.mkdir()
     shards = []
     for number, rows in enumerate(np.array_split(np.arange(entries), min(2, entries))):
-        path = folder / shard_name(number)
+        path = folder / shard_file(number)
         with ShardWriter(path, len(rows), 1, store.key_size) as writer:
             noise = spread * rng.standard_normal((len(rows), store.key_size), np.float32)
             content: NDArray[np.float16] = (keys[rows % len(keys)] + noise).astype(np.float16)

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from lightning_knnmt.building.datastore import DatastoreConfig
-from lightning_knnmt.building.parts import part_ranges
+from lightning_knnmt.building.config import DatastoreConfig
+from lightning_knnmt.building.index import part_ranges
 from lightning_knnmt.building.plan.encoding import EncodingRates
 from lightning_knnmt.building.plan.indexing import POINTS_PER_LIST, IndexRates, kmeans_work
 from lightning_knnmt.index.config import IndexConfig
@@ -118,9 +118,9 @@ def predict(size: Size, encoding: EncodingRates, index: IndexRates, entries_erro
 def _stages(size: Size, encoding: EncodingRates, index: IndexRates, disk: Disk) -> tuple[Stage, ...]:
     """The time of each stage; a machine takes whole shards and whole parts, and the first one does the rest."""
     shards, parts = (_busiest(pieces, size.machines) for pieces in (size.shards, size.parts))
-    read = 2 * encoding.read * size.entries  # everything by each machine: once to count pairs, once to encode its own
-    tokenized = 1 if size.machines == 1 else 2  # several first find where shards begin
-    encode = (encoding.encode + tokenized * encoding.tokenize) * size.entries
+    times = 1 if size.machines == 1 else 2  # that pairs are read and tokenized: several first find where shards begin
+    read = times * encoding.read * size.entries  # everything by each machine
+    encode = (encoding.encode + times * encoding.tokenize) * size.entries
     train = index.kmeans * kmeans_work(size.train_points, size.nlist, size.key_size) + index.codes
     add, write = index.add * size.entries, index.write * disk.index
     parted = index.write * disk.temporary if size.merges else write  # seconds to write what each machine writes

@@ -44,8 +44,10 @@ def read_pairs(corpus: CorpusFile, report: ReadReport | None = None) -> Iterator
         if path is None:
             continue
         if not path.exists():
-            raise FileNotFoundError(f"{option}: {path} does not exist; expected a corpus file, check the path.")
+            raise FileNotFoundError(f"{option} is {path}, which does not exist, expected a corpus file")
         if path.is_dir():
-            raise IsADirectoryError(f"{option}: {path} is a folder; expected a corpus file, name one file in it.")
+            raise IsADirectoryError(
+                f"{option} is {path}, which is a folder, expected a corpus file; name one file in it"
+            )
     checker = PairChecker(corpus, report if report is not None else ReadReport())
     return _READERS[corpus.file_format](corpus, checker)

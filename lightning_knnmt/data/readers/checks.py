@@ -68,7 +68,7 @@ class PairChecker:
         if not self._skip:
             raise MalformedCorpusError(
                 f"{where}: {reason}: found {found}, expected {expected}; mend the file, "
-                "or set malformed: skip to skip and count such lines."
+                "or set malformed: skip to skip and count such lines"
             )
         self.report.skipped[reason] += 1
 

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
+from lightning_knnmt.checks import check_at_least, check_one_of
+
 FileFormat = Literal["text", "tsv", "jsonl", "tmx", "po", "mo"]
 Format = Literal["auto", "text", "tsv", "jsonl", "tmx", "po", "mo"]
 Side = Literal["src", "tgt"]
@@ -47,15 +49,10 @@ class CorpusFile:
         object.__setattr__(self, "path", Path(self.path))
         if self.tgt_path is not None:
             object.__setattr__(self, "tgt_path", Path(self.tgt_path))
-        for option, given, choices in (
-            ("format", self.format, get_args(Format)),
-            ("msgid_side", self.msgid_side, get_args(Side)),
-            ("malformed", self.malformed, get_args(OnMalformed)),
-        ):
-            if given not in choices:
-                raise ValueError(f"{option}: got {given!r}, expected one of {', '.join(choices)}.")
-        if self.max_characters < 1:
-            raise ValueError(f"max_characters: got {self.max_characters}, expected at least 1.")
+        check_one_of(get_args(Format), format=self.format)
+        check_one_of(get_args(Side), msgid_side=self.msgid_side)
+        check_one_of(get_args(OnMalformed), malformed=self.malformed)
+        check_at_least(1, max_characters=self.max_characters)
         self._check_languages()
         self._check_tgt_path()
 
@@ -74,31 +71,31 @@ class CorpusFile:
         if self.tgt_path is not None:
             return "text"
         raise ValueError(
-            f"format: auto does not know the suffix of {self.path}, expected one of {', '.join(_FORMAT_OF_SUFFIX)}; "
-            "set format, or give tgt_path for a pair of plain text files."
+            f"format is auto, which does not know the suffix of {self.path}, expected one of "
+            f"{', '.join(_FORMAT_OF_SUFFIX)}; set format, or give tgt_path for a pair of plain text files"
         )
 
     def _check_languages(self) -> None:
         for option, given in (("src_lang", self.src_lang), ("tgt_lang", self.tgt_lang)):
             if not given.strip():
-                raise ValueError(f"{option}: got {given!r}, expected a language code such as de or de-DE.")
+                raise ValueError(f"{option} is {given!r}, expected a language code such as de or de-DE")
         if matches_language(self.src_lang, self.tgt_lang) or matches_language(self.tgt_lang, self.src_lang):
             raise ValueError(
-                f"src_lang and tgt_lang: got {self.src_lang!r} and {self.tgt_lang!r}, of which one includes the other; "
-                "expected two languages that can be told apart, name the regions of both if they differ by region."
+                f"src_lang is {self.src_lang!r} and tgt_lang {self.tgt_lang!r}, of which one includes the other, "
+                "expected two languages that can be told apart; name the regions of both if they differ by region"
             )
 
     def _check_tgt_path(self) -> None:
         file_format = self.file_format
         if file_format == "text" and self.tgt_path is None:
-            raise ValueError(f"tgt_path: missing for the plain text file {self.path}; give the target side's file.")
+            raise ValueError(f"tgt_path is not given, expected the target side of the plain text file {self.path}")
         if file_format != "text" and self.tgt_path is not None:
             raise ValueError(
-                f"tgt_path: got {self.tgt_path}, but {self.path} is read as {file_format}, which holds both sides; "
-                "leave tgt_path out, or set format: text for plain text."
+                f"tgt_path is {self.tgt_path}, expected none: {self.path} is read as {file_format}, which holds both "
+                "sides; leave tgt_path out, or set format: text for plain text"
             )
         if self.tgt_path == self.path:
-            raise ValueError(f"tgt_path: got {self.tgt_path}, the same file as path; give the target side's file.")
+            raise ValueError(f"tgt_path is {self.tgt_path}, the same file as path, expected the target side's file")
 
 
 def matches_language(wanted: str, found: str) -> bool:

@@ -20,7 +20,7 @@ def read_text(corpus: CorpusFile, checker: PairChecker) -> Iterator[Pair]:
         MalformedCorpusError: Under `malformed: error`, also for files of different lengths.
     """
     if corpus.tgt_path is None:
-        raise ValueError(f"tgt_path: missing for the plain text file {corpus.path}; give the target side's file.")
+        raise ValueError(f"tgt_path is not given, expected the target side of the plain text file {corpus.path}")
     with corpus.path.open("rb") as src_file, corpus.tgt_path.open("rb") as tgt_file:
         src_lines = numbered_lines(src_file, corpus.max_characters)
         tgt_lines = numbered_lines(tgt_file, corpus.max_characters)

@@ -21,7 +21,7 @@ from lightning_knnmt.dispersion.functional.sliced import (
     random_great_circles,
     sliced_dispersion,
 )
-from lightning_knnmt.dispersion.functional.uniform import lloyd, spherical_variance, spherical_variance_loss
+from lightning_knnmt.dispersion.functional.uniform import lloyd, mean_resultant_length, spherical_variance
 
 __all__ = [
     "Kernel",
@@ -31,6 +31,7 @@ __all__ = [
     "great_circle_loss",
     "koleo",
     "lloyd",
+    "mean_resultant_length",
     "minimum_hyperspherical_energy",
     "mma",
     "mmcs",
@@ -38,5 +39,4 @@ __all__ = [
     "random_great_circles",
     "sliced_dispersion",
     "spherical_variance",
-    "spherical_variance_loss",
 ]

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_knnmt.dispersion.functional.checks import check_at_least, check_one_of
+from lightning_knnmt.checks import check_at_least, check_one_of
 
 Reduction = Literal["mean", "sum"]
 REDUCTIONS: tuple[str, ...] = get_args(Reduction)
@@ -25,8 +25,14 @@ def on_directions(x: Tensor, loss: Callable[[Tensor], Tensor], reduction: str = 
 
     Raises:
         ValueError: If x is not a matrix of floating-point numbers or `reduction` is unknown.
+
+    >>> points = torch.tensor([[3.0, 0.0], [0.0, 0.5], [0.0, 0.0]])
+    >>> on_directions(points, lambda unit: unit.sum(1).mean())
+    tensor(1.)
+    >>> on_directions(points, lambda unit: unit.sum(1).mean(), reduction="sum")  # of the two that have a direction
+    tensor(2.)
     """
-    check_one_of("reduction", reduction, REDUCTIONS)
+    check_one_of(REDUCTIONS, reduction=reduction)
     with torch.autocast(x.device.type, enabled=False):
         points = directions(x)
         if len(points) < 2:
@@ -46,10 +52,13 @@ def directions(x: Tensor) -> Tensor:
 
     Raises:
         ValueError: If x is not a matrix of floating-point numbers.
+
+    >>> directions(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([[0.6000, 0.8000]])
     """
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and type {x.dtype}: expected floating-point vectors of shape (N, D); "
+            f"x has shape {tuple(x.shape)} and type {x.dtype}, expected floating-point vectors of shape (N, D); "
             "flatten the leading dimensions first, or use the modules of lightning_knnmt.dispersion."
         )
     x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -71,8 +80,11 @@ def subsample(points: Tensor, max_points: int, generator: torch.Generator | None
 
     Raises:
         ValueError: If `max_points` is below 2.
+
+    >>> subsample(torch.eye(5), max_points=3, generator=torch.Generator().manual_seed(1)).argmax(dim=1)
+    tensor([0, 4, 2])
     """
-    check_at_least("max_points", max_points, 2)
+    check_at_least(2, max_points=max_points)
     if len(points) <= max_points:
         return points
     rows = torch.randperm(len(points), generator=generator, device=draw_device(points.device, generator))[:max_points]
@@ -82,12 +94,20 @@ def subsample(points: Tensor, max_points: int, generator: torch.Generator | None
 def normal(
     shape: tuple[int, ...], generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Standard normal numbers on `device`, drawn on the generator's own device."""
+    """Standard normal numbers on `device`, drawn on the generator's own device.
+
+    >>> normal((2, 3), torch.Generator().manual_seed(1), torch.float64, torch.device("cpu")).shape
+    torch.Size([2, 3])
+    """
     return torch.randn(shape, generator=generator, dtype=dtype, device=draw_device(device, generator)).to(device)
 
 
 def draw_device(device: torch.device, generator: torch.Generator | None) -> torch.device:
-    """Device to draw on: the generator's, so that a CPU generator gives the same numbers for GPU tensors."""
+    """Device to draw on: the generator's, so that a CPU generator gives the same numbers for GPU tensors.
+
+    >>> draw_device(torch.device("cuda"), torch.Generator())
+    device(type='cpu')
+    """
     return device if generator is None else generator.device
 
 
@@ -100,5 +120,8 @@ def angle(a: Tensor, b: Tensor) -> Tensor:
 
     Returns:
         Angles in [0, π], shape (N,).
+
+    >>> angle(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]))
+    tensor([1.5708, 3.1416])
     """
     return 2 * torch.atan2(torch.linalg.vector_norm(a - b, dim=-1), torch.linalg.vector_norm(a + b, dim=-1))

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from lightning_knnmt.dispersion.functional.checks import check_at_least
+from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.dispersion.functional.directions import Reduction, angle, directions, normal, on_directions
 
 
 def spherical_variance(x: Tensor) -> Tensor:
     """Spherical variance 1 − ‖mean_i x̂_i‖, a measure of spread in [0, 1] (arXiv 2509.16729); larger is more spread.
+
+    Its complement, `mean_resultant_length`, is the one to minimise.
 
     Args:
         x: Raw vectors, shape (N, D).
@@ -18,6 +20,9 @@ def spherical_variance(x: Tensor) -> Tensor:
 
     Raises:
         ValueError: If x is not a floating-point matrix.
+
+    >>> spherical_variance(torch.tensor([[2.0, 0.0], [0.0, 0.5]]))
+    tensor(0.2929)
     """
     points = directions(x)
     if len(points) < 2:
@@ -25,8 +30,10 @@ def spherical_variance(x: Tensor) -> Tensor:
     return 1 - torch.linalg.vector_norm(points.mean(dim=0))
 
 
-def spherical_variance_loss(x: Tensor, reduction: Reduction = "mean") -> Tensor:
+def mean_resultant_length(x: Tensor, reduction: Reduction = "mean") -> Tensor:
     """Mean resultant length ‖mean_i x̂_i‖ = 1 − spherical variance: minimising it spreads the points.
+
+    This is the loss that arXiv 2502.08231 and arXiv 2509.16729 name after the spherical variance, which it maximises.
 
     It sees the points' mean only: two opposite clumps are a minimum.
 
@@ -39,6 +46,11 @@ def spherical_variance_loss(x: Tensor, reduction: Reduction = "mean") -> Tensor:
 
     Raises:
         ValueError: If x is not a floating-point matrix.
+
+    >>> mean_resultant_length(torch.tensor([[2.0, 0.0], [0.0, 0.5]]))
+    tensor(0.7071)
+    >>> mean_resultant_length(torch.tensor([[2.0, 0.0], [-0.5, 0.0]]))
+    tensor(0.)
     """
     return on_directions(x, lambda points: torch.linalg.vector_norm(points.mean(dim=0)), reduction)
 
@@ -61,8 +73,13 @@ def lloyd(
 
     Raises:
         ValueError: If `samples` is below 1 or x is not a floating-point matrix.
+
+    >>> cross = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])
+    >>> loss = lloyd(cross, samples=10_000, generator=torch.Generator().manual_seed(1))
+    >>> round(float(loss), 1)  # the mean of the squared angles up to π/4 is π²/48
+    0.2
     """
-    check_at_least("samples", samples, 1)
+    check_at_least(1, samples=samples)
 
     def loss(points: Tensor) -> Tensor:
         uniform = directions(normal((samples, points.shape[1]), generator, points.dtype, points.device))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_knnmt.knn.component import Component
 from lightning_knnmt.knn.neighbors import Neighbors
-from lightning_knnmt.knn.probability import mix_logits, neighbor_log_probs, token_log_probs
+from lightning_knnmt.knn.probability import log_or_minus_inf, mix_logits, neighbor_log_probs, token_log_probs
 from lightning_knnmt.knn.step import Step
 
 
@@ -64,5 +64,6 @@ class Combiner(Component, nn.Module, ABC):
         plain = (step.logits.gather(1, tokens[:, None]).float() - step.log_normalizer).squeeze(1)
         knn = token_log_probs(weights.log_shares, neighbors.values, tokens)
         lambda_ = torch.as_tensor(weights.lambda_, dtype=torch.float32, device=plain.device).reshape(-1)  # [1] or [R]
-        mixed = torch.logaddexp(knn + lambda_.log(), plain + torch.log1p(-lambda_))
-        return torch.where(weights.log_shares.isfinite().any(1), mixed, plain)
+        found = weights.log_shares.isfinite().any(1)
+        lambda_ = torch.where(found, lambda_, 0.0)
+        return torch.logaddexp(knn + log_or_minus_inf(lambda_), plain + log_or_minus_inf(1 - lambda_))

@@ -1,0 +1,33 @@
+"""How a datastore is built."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightning_knnmt.checks import check_at_least, check_share
+from lightning_knnmt.data.readers import CorpusFile
+
+
+@dataclass(frozen=True)
+class DatastoreConfig:
+    """How a datastore is built.
+
+    Attributes:
+        folder: Where it goes.
+        corpus: The parallel corpus; `train.jsonl` of `prepare_data.py`, or any format that the readers know.
+        max_tokens: Most tokens of a batch on either side, padding counted.
+        max_padding: Largest share of a shard's batches that may be padding; less makes more and smaller batches.
+        shard_entries: Most entries of a shard, if one pair has no more; the sentences of two shards are held in memory.
+        overwrite: Replace a datastore that was built from something else; otherwise that is an error.
+    """
+
+    folder: Path
+    corpus: CorpusFile
+    max_tokens: int = 8192
+    max_padding: float = 0.04
+    shard_entries: int = 1 << 20
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+        check_at_least(1, max_tokens=self.max_tokens, shard_entries=self.shard_entries)
+        check_share(max_padding=self.max_padding)
