@@ -8,9 +8,9 @@ import pytest
 from tiny_causal import LLAMA_3, OTHER_PAGE, PAGE, tokenizer_like
 
 import prepare_data
+from lightning_knnmt.data.documents import Documents, HelpPages
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, MalformedCorpusError, ReadReport, read_pairs
-from lightning_knnmt.data.documents import Documents, HelpPages
 from lightning_knnmt.data.splits import SplitConfig, read_split
 from lightning_knnmt.data.windows import Window, Windows
 

@@ -36,6 +36,5 @@ def load_causal(model: str, config: PretrainedConfig, dtype: torch.dtype) -> Pre
     """The weights of a language model, those of a .gguf file unpacked: an ordinary model, to be trained and saved."""
     # without being told, transformers leaves them packed where it finds a package with kernels for that
     packed = {"quantization_config": GgufConfig(dequantize=True)} if is_gguf(model) else {}
-    return AutoModelForCausalLM.from_pretrained(
-        **loading_options(model), **packed, config=config, dtype=dtype, trust_remote_code=False
-    )
+    options: dict[str, Any] = {**loading_options(model), **packed, "config": config, "dtype": dtype}
+    return AutoModelForCausalLM.from_pretrained(**options, trust_remote_code=False)
