@@ -15,9 +15,11 @@ from transformers import AutoModelForCausalLM
 from lightning_knnmt.backbone.batch import collate
 from lightning_knnmt.backbone.causal import CausalModel
 from lightning_knnmt.backbone.config import load_model
+from lightning_knnmt.building.append import append_pairs
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.building.memory import build_memory
+from lightning_knnmt.building.remove import remove_documents
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.data.windows import Windows
@@ -30,6 +32,7 @@ from lightning_knnmt.knn.settings import KnnSettings
 
 PROMPTS = ["Choose File, then", "To print one page only, enter its number: 12", "Save", ""]
 WINDOWS = [window.pair for page in (PAGE, OTHER_PAGE) for window in Windows(100, 60).cut(page)]
+DOCUMENTS = [(PAGE, "printing"), (OTHER_PAGE, "passwords")]
 SRC, TGT = [pair.src for pair in WINDOWS], [pair.tgt for pair in WINDOWS]
 
 
@@ -320,3 +323,29 @@ def test_without_its_package_a_gguf_file_says_how_to_install_it(tmp_path: Path, 
     monkeypatch.setattr("lightning_knnmt.backbone.gguf.find_spec", lambda name: None if name == "gguf" else real(name))
     with pytest.raises(ImportError, match=r"reading \.gguf files needs `pip install gguf`"):
         load_model(str(tmp_path / "model.gguf"))
+
+
+def test_documents_are_appended_and_removed(folder: Path, tmp_path: Path):
+    model = load_model(str(folder), device="cpu")
+    printing, passwords = (list(Windows(100, 60)([Pair(page, "", name)])) for page, name in DOCUMENTS)
+    first, second = (
+        write_windows(tmp_path / f"{number}.jsonl", [window.pair for window in windows])
+        for number, windows in enumerate((printing, passwords))
+    )
+    store = tmp_path / "store"
+    built = build_datastore(model, DatastoreConfig(store, first, max_tokens=256)).manifest.entries
+    with Datastore(store) as opened:
+        build_index(opened, IndexConfig(factory="Flat"))
+    assert append_pairs(model, DatastoreConfig(store, second, max_tokens=256)).pairs == len(passwords)
+    assert append_pairs(model, DatastoreConfig(store, second, max_tokens=256)).pairs == 0
+    batch = model.batch([passwords[1].context], [passwords[1].text])
+    with torch.inference_mode():
+        queries = model.keys(batch)[0]
+    with open_memory(store) as memory:
+        found = memory.search(queries, k=1)
+        assert {memory.context(int(entry)).pair.document for entry in found.ids.flatten()} == {"passwords"}
+    remove_documents(store, ["passwords"])
+    with open_memory(store) as memory:
+        found = memory.search(queries, k=1)
+        assert {memory.context(int(entry)).pair.document for entry in found.ids.flatten()} == {"printing"}
+        assert int(found.ids.max()) < built
