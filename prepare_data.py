@@ -4,12 +4,14 @@ import logging
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.data.cleaning import Cleaning
 from lightning_knnmt.data.readers import ReadReport
 from lightning_knnmt.data.recipes import Corpus
 from lightning_knnmt.data.splits import SplitConfig, split, texts_of, write_splits
+from lightning_knnmt.data.windows import Windows
 
 log = logging.getLogger("lightning_knnmt.prepare_data")
 
@@ -21,8 +23,9 @@ def prepare(
     cleaning: Cleaning | None = None,
     exclude: list[Path] | None = None,
     cache: Path = Path("data/cache"),
+    windows: Windows | None = None,
 ) -> None:
-    """Fetch, clean, split and write a parallel corpus.
+    """Fetch, clean, split and write a parallel corpus, or documents for a language model.
 
     Args:
         corpus: Where the pairs come from.
@@ -31,6 +34,7 @@ def prepare(
         cleaning: What is done to each pair; none if not given.
         exclude: Split files of other corpora; pairs that have a text in common with them are dropped.
         cache: Folder for downloads.
+        windows: How the documents of a language model are cut after they were divided; none if the corpus is parallel.
     """
     excluded = frozenset(texts_of(exclude or []))
     report = ReadReport()
@@ -41,13 +45,17 @@ def prepare(
     log.info("cleaning dropped %s", _listed(unclean))
     parts, lost = split(pairs, splits, excluded)
     log.info("splitting dropped %s", _listed(lost))
-    facts = {
+    facts: dict[str, Any] = {
         "corpus": {"class": type(corpus).__name__, **{key: str(value) for key, value in vars(corpus).items()}},
         "config": asdict(splits),
         "read": report.read,
         "dropped": dict(report.skipped + unclean + lost),
     }
-    written = write_splits(out, parts, facts)
+    if windows is not None:
+        facts["windows"] = asdict(windows)
+        written = write_splits(out, {name: list(windows(documents)) for name, documents in parts.items()}, facts)
+    else:
+        written = write_splits(out, parts, facts)
     for name in parts:
         log.info("%s: %s", out / f"{name}.jsonl", written[name])
 

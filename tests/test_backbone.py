@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import ENGLISH, GERMAN, POSITIONS, TINY_FAMILIES, TinyFamily
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, GPT2Config
+from transformers import AutoModelForSeq2SeqLM, BloomConfig
 
 from lightning_knnmt.backbone.batch import IGNORED, Batch
 from lightning_knnmt.backbone.config import load_model
@@ -368,8 +368,10 @@ def test_legacy_nllb_layout_is_refused(tiny_folder_of: FolderOf, tmp_path: Path)
 
 
 def test_unsupported_models_are_refused(tmp_path: Path):
-    GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is of type 'gpt2', expected one of bart, firefox, fsmt, m2m_100, marian, "):
+    BloomConfig().save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="is of type 'bloom', expected one of bart, firefox, fsmt, gpt2, llama, "
+    ):
         load_model(str(tmp_path))
 
 

@@ -11,7 +11,6 @@ from jsonargparse import ArgumentParser
 
 import prepare_data
 from lightning_knnmt.cli import run_script
-from lightning_knnmt.data import recipes
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.splits import read_split
 
@@ -193,7 +192,10 @@ def test_every_config_parses_and_its_classes_are_made(file: Path) -> None:
     parser.add_function_arguments(prepare_data.prepare, as_positional=False)
     made = parser.instantiate_classes(parser.parse_args(["--config", str(file)]))
     raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    assert type(made.corpus) is getattr(recipes, raw["corpus"]["class_path"].rpartition(".")[2])
+    assert f"{type(made.corpus).__module__}.{type(made.corpus).__name__}" == raw["corpus"]["class_path"]
     assert (made.splits.validation, made.splits.test) == (raw["splits"]["validation"], raw["splits"]["test"])
-    assert made.cleaning.max_length_ratio == raw["cleaning"]["max_length_ratio"]
+    assert (made.cleaning is None) == ("cleaning" not in raw)  # documents are not cleaned as pairs are
+    if made.cleaning is not None:
+        assert made.cleaning.max_length_ratio == raw["cleaning"]["max_length_ratio"]
+    assert (made.windows is None) == ("windows" not in raw)
     assert str(made.out) == f"data/{file.stem}"

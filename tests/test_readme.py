@@ -17,7 +17,7 @@ from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.decoding import Decoding
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 
-PAGES = [ROOT / "README.md", ROOT / "docs" / "dispersion.md", ROOT / "docs" / "indexes.md"]
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("dispersion", "indexes", "language_models"))]
 PYTHON = re.compile(r"(.*/)?python3?")
 LAUNCHER = re.compile(r"(torchrun|srun)( --[\w-]+ \d+)* (python )?")
 OPERATORS = {"|", "||", "&&", ";", "&"}

@@ -18,7 +18,7 @@ class BackboneConfig:
     """A pretrained model and how it is loaded.
 
     Attributes:
-        model: Hub name or folder of a model.
+        model: Hub name or folder of a model, or a .gguf file of a language model.
         key_type: `decoder_output`: what the output projection sees (arXiv 2509.16729). `ffn_input`: what the last
             decoder block's feed-forward layer sees (arXiv 2010.00710).
         src_lang: Language code of the source, for multilingual models.

@@ -1,4 +1,4 @@
-"""What differs between the families of Hugging Face translation models."""
+"""What differs between the families of Hugging Face translation and language models."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from lightning_knnmt.backbone import firefox  # noqa: F401, makes the family known to Hugging Face's Auto classes
+from lightning_knnmt.backbone.gguf import is_gguf
 from lightning_knnmt.backbone.tokenization import FSMTTokenizer
 from lightning_knnmt.data.sentences import SentenceSplitter
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Family:
-    """One family of encoder-decoder models.
+    """One family of encoder-decoder or decoder-only models.
 
     Attributes:
         output_projection: The module whose input is the key `decoder_output` and whose output are the logits.
@@ -79,6 +80,24 @@ _LIKE_T5 = Family(
     final_norm=lambda model: model.decoder.final_layer_norm,
 )
 
+_LIKE_GPT2 = Family(
+    output_projection=lambda model: model.lm_head,
+    feed_forward=lambda model: model.transformer.h[-1].mlp,
+    last_block=lambda model: model.transformer.h[-1],
+    feed_forward_layers=lambda model: [model.transformer.h[-1].mlp.c_fc, model.transformer.h[-1].mlp.c_proj],
+    final_norm=lambda model: model.transformer.ln_f,
+)
+
+_LIKE_LLAMA = Family(
+    output_projection=lambda model: model.lm_head,
+    feed_forward=lambda model: model.model.layers[-1].mlp,
+    last_block=lambda model: model.model.layers[-1],
+    feed_forward_layers=lambda model: [
+        module for module in model.model.layers[-1].mlp.modules() if isinstance(module, nn.Linear)
+    ],
+    final_norm=lambda model: model.model.norm,
+)
+
 FAMILIES: dict[str, Family] = {
     "bart": _like_bart(final_norm=_last_blocks_norm),
     "firefox": _like_bart(final_norm=_last_blocks_norm),
@@ -95,6 +114,12 @@ FAMILIES: dict[str, Family] = {
         time_first=True,
         tokenizer=FSMTTokenizer,
     ),
+    "gpt2": _LIKE_GPT2,
+    "llama": _LIKE_LLAMA,
+    "mistral": _LIKE_LLAMA,
+    "qwen2": _LIKE_LLAMA,
+    "qwen3": _LIKE_LLAMA,
+    "smollm3": _LIKE_LLAMA,
 }
 
 
@@ -104,15 +129,18 @@ def model_class_of(model: str) -> "type[KeyedModel]":
     Raises:
         OSError: There is no such folder, and the hub has no such model or cannot be reached.
     """
+    from lightning_knnmt.backbone.causal import CausalModel
     from lightning_knnmt.backbone.seq2seq import Seq2SeqModel
 
+    if is_gguf(model):
+        return CausalModel
     try:
-        AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model)
     except OSError as error:
         raise OSError(
             f"model {model!r} is no folder with a config.json here, and the hub gave none of that name: {error}"
         ) from error
-    return Seq2SeqModel
+    return Seq2SeqModel if config.is_encoder_decoder else CausalModel
 
 
 def family_of(config: PretrainedConfig, name: str) -> Family:

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from lightning_knnmt.backbone.gguf import is_gguf
+
 _PROBE = "Straße, naïve Œuvre — 3.14 % of “Ünïcödé”\tİstanbul ﬁn 你好"
 
 
@@ -15,11 +17,14 @@ _NOT_FUNCTION = {"_name_or_path", "architectures", "dtype", "torch_dtype", "tran
 
 
 def model_fingerprint(model: str) -> str:
-    """SHA-256 over the weights and the configuration of a model: a folder, or a hub name that has been loaded before.
+    """SHA-256 over the weights and the configuration of a model: a folder, a .gguf file, or a hub name loaded before.
 
     Raises:
         FileNotFoundError: There are no weight files.
     """
+    if is_gguf(model):  # which holds both
+        with Path(model).open("rb") as whole:
+            return hashlib.file_digest(whole, "sha256").hexdigest()
     folder = Path(str(cached_file(model, "config.json"))).parent
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
     if not files:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from lightning_knnmt.checks import check_at_least, check_one_of
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.sentences import SentenceSplitter
+from lightning_knnmt.data.windows import Window
 
 SPLITS = ("train", "validation", "test")
 
@@ -121,7 +122,9 @@ def _long_enough(pair: Pair, config: SplitConfig) -> bool:
     return len(pair.src.split()) >= config.min_words
 
 
-def write_splits(folder: Path, splits: Mapping[str, Sequence[Pair]], facts: Mapping[str, Any]) -> dict[str, Any]:
+def write_splits(
+    folder: Path, splits: Mapping[str, Sequence[Pair | Window]], facts: Mapping[str, Any]
+) -> dict[str, Any]:
     """Write `train.jsonl`, `validation.jsonl`, `test.jsonl` and `splits.json` with counts, hashes and `facts`.
 
     All files are complete beside the old ones before the first of those is replaced.
@@ -173,7 +176,8 @@ def read_split(file: Path) -> list[Pair]:
 
 def _parse(line: str, where: str) -> Pair:
     try:
-        pair = Pair(**json.loads(line))
+        record = json.loads(line)
+        pair = Window(**record).pair if Window.is_one(record) else Pair(**record)
         if not all(isinstance(text, str) for text in (pair.src, pair.tgt, pair.document)):
             raise TypeError("a text is something else")
     except (TypeError, ValueError) as error:

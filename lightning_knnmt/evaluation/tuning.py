@@ -339,12 +339,12 @@ def tune(
     plain_bleu = _bleu(Translator(model, PlainModel(), decoding), pairs)
     log.info("plain model: log-likelihood %.3f, BLEU %.2f", plain, plain_bleu)
     finalists = []
-    for candidate in _shortlist(candidates, best - grid.nprobe_tolerance)[: grid.finalists]:
+    for candidate in shortlist(candidates, best - grid.nprobe_tolerance)[: grid.finalists]:
         bleu = _bleu(Translator(model, candidate.mixture.open(model, memory), decoding), pairs)
         log.info("%s: log-likelihood %.3f, BLEU %.2f", candidate.mixture, candidate.log_likelihood, bleu)
         finalists.append(Candidate(candidate.mixture, candidate.options, candidate.log_likelihood, bleu))
     finalists.sort(key=lambda candidate: -(candidate.bleu or 0.0))
-    _warn_of_edges(finalists[0].options, grid.values_for(mixture, memory.nlist))
+    warn_of_edges(finalists[0].options, grid.values_for(mixture, memory.nlist))
     if best <= plain:
         log.warning("no setting predicts the references better (%.3f) than the plain model (%.3f)", best, plain)
     if (finalists[0].bleu or 0.0) <= plain_bleu:
@@ -354,7 +354,7 @@ def tune(
     return Tuning(finalists[0].mixture, plain, plain_bleu, tuple(finalists), len(candidates), tokens)
 
 
-def _warn_of_edges(chosen: Options, values: Mapping[str, list[Any]]) -> None:
+def warn_of_edges(chosen: Options, values: Mapping[str, list[Any]]) -> None:
     """Say where the best value is the last one that was tried."""
     for name, tried in values.items():
         known = sorted(value for value in tried if isinstance(value, int | float))
@@ -364,7 +364,7 @@ def _warn_of_edges(chosen: Options, values: Mapping[str, list[Any]]) -> None:
             log.warning("%s = %s is the smallest value that was tried; a smaller one may be better", name, known[0])
 
 
-def _shortlist(candidates: list[Candidate], sufficient: float) -> list[Candidate]:
+def shortlist(candidates: list[Candidate], sufficient: float) -> list[Candidate]:
     """The best choice of each λ, if there is one, with the smallest nprobe that suffices, the best first."""
     if "nprobe" in candidates[0].options:
         nprobe = min(c.options["nprobe"] for c in candidates if c.log_likelihood >= sufficient)
