@@ -14,7 +14,7 @@ import time
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import common
 
@@ -66,7 +66,7 @@ def predict_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict
 def build_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict[str, float]:
     """The same figures of a build; runs in a process of its own."""
     from build_index import build
-    from lightning_knnmt.backbone.config import load_model
+    from lightning_knnmt.backbone.config import BackboneConfig, load_model
     from lightning_knnmt.building.datastore import DatastoreConfig
     from lightning_knnmt.datastore import Manifest
     from lightning_knnmt.evaluation.report import read_build
@@ -76,7 +76,7 @@ def build_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict[s
     datastore = DatastoreConfig(folder, CorpusFile(corpus), shard_entries=options.shard_entries)
     model = load_model(options.model, device="cpu")
     start = time.perf_counter()
-    build(SimpleNamespace(load=lambda: model), datastore, IndexConfig(options.factory))
+    build(cast(BackboneConfig, SimpleNamespace(load=lambda: model)), datastore, IndexConfig(options.factory))
     seconds = time.perf_counter() - start
     record, manifest = read_build(folder), Manifest.load(folder)
     stages = {"encode": record["encode"]["seconds"], **record["indexes"]["index"]["seconds"]}
