@@ -8,6 +8,7 @@ import statistics
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 for block in blocks:
                     way(block)
 
-            work: dict[str, Callable[[], object]] = {name: (lambda way=way: run(way)) for name, way in ways.items()}
+            work: dict[str, Callable[[], object]] = {name: partial(run, way) for name, way in ways.items()}
             times = common.interleaved(work, options.repeats, lambda: None)
             asked = sum(map(len, blocks))
             micros = {name: 1000 * statistics.median(each) / asked for name, each in times.items()}
