@@ -14,13 +14,13 @@ from lightning_knnmt.building.index import build_index
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.explanation import explain, explanation_lines, mark_token
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.mixture import Mixture
 from lightning_knnmt.knn.neighbors import Neighbors
 from lightning_knnmt.knn.retrievers.whole_store import WholeStore
 from lightning_knnmt.knn.settings import KnnSettings
 from lightning_knnmt.knn.step import Step
+from lightning_knnmt.memory import DatastoreMemory
 
 SETTINGS = KnnSettings(k=4, lambda_=0.6, temperature=8.0, nprobe=1)
 SOURCES = [pair.src for pair in corpus_pairs(4, seed=9)]

@@ -58,7 +58,7 @@ def test_dispersion_configurations_and_their_variants_are_read(path: Path, monke
     assert len(variants()) == 9
     for options in variants():
         other = parsed(["fit", "--config", str(path), *options], monkeypatch)
-        assert other != config or config.model.label_smoothing == 0 and "label_smoothing" in options[0], options
+        assert other != config or (config.model.label_smoothing == 0 and "label_smoothing" in options[0]), options
 
 
 @pytest.mark.parametrize("path", DISPERSION_CONFIGS, ids=lambda path: path.stem)
