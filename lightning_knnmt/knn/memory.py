@@ -1,7 +1,7 @@
 """What neighbors are searched in: the interface, and a memory that lives in RAM."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -63,6 +63,19 @@ class Memory(Protocol):
         ...
 
 
+class MadeWith(Protocol):
+    """What keys were made with, such as a datastore's `Provenance`."""
+
+    @classmethod
+    def of(cls, model: "KeyedModel") -> Self:
+        """What a model's keys would be made with."""
+        ...
+
+    def differences(self, other: Self) -> list[str]:
+        """What is different, in words; empty if the keys can be compared."""
+        ...
+
+
 class RamMemory:
     """Keys in RAM, searched exactly by torch on the keys' device: for small memories, made in a moment.
 
@@ -84,7 +97,7 @@ class RamMemory:
     nlist = None
 
     def __init__(
-        self, keys: Tensor, values: Tensor, pairs: list[Pair], lengths: list[int], provenance: object = None,
+        self, keys: Tensor, values: Tensor, pairs: list[Pair], lengths: list[int], provenance: MadeWith | None = None,
         block: int = 1 << 26,
     ) -> None:  # fmt: skip
         if not len(keys) == len(values) == sum(lengths):
@@ -110,14 +123,12 @@ class RamMemory:
         Raises:
             ValueError: It was built with another model, tokenizer, key type or language.
         """
-        if self.provenance is not None:
-            from lightning_knnmt.datastore.manifest import Provenance
-
-            assert isinstance(self.provenance, Provenance)
-            if differences := self.provenance.differences(Provenance.of(model)):
-                raise ValueError(
-                    f"the memory does not fit the model {model.name}: {'; '.join(differences)} (memory against model)"
-                )
+        if self.provenance is None:
+            return
+        if differences := self.provenance.differences(self.provenance.of(model)):
+            raise ValueError(
+                f"the memory does not fit the model {model.name}: {'; '.join(differences)} (memory against model)"
+            )
 
     def search(
         self, queries: Tensor, k: int, nprobe: int = 8, rescore: int = 0, ef_search: int | None = None
