@@ -307,7 +307,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             with stores.synthetic_store(folder, clumps, entries) as store:
                 measured[f"{entries:,} clumped keys"] = measure(store, None, options, processes)
     result = {"options": vars(options), "stores": measured, **common.environment()}
-    return result | {"exponents": search_report.exponents(result)}
+    headline = {label: search_report.headline(store) for label, store in measured.items()}
+    ratio = next(iter(headline.values()), None)
+    return {"ratio": ratio, "ratios": headline} | result | {"exponents": search_report.exponents(result)}
 
 
 def pairs_of(path: Path) -> list[Pair]:

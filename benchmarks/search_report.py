@@ -120,6 +120,24 @@ def equal_table(store: Mapping[str, Any], batches: Sequence[int]) -> str:
     return table(rows)
 
 
+def headline(store: Mapping[str, Any], batch: str = "32") -> float | None:
+    """Time of the default over that of the baseline, at the baseline's error or less; None where it never gets there.
+
+    The default is the last factory string that was asked for.
+    """
+    baseline, default = store["rows"][store["baseline"]], list(store["indexes"])[-1]
+    times = [
+        row["microseconds"][batch]
+        for row in store["rows"]
+        if row["factory"] == default
+        and row["total_variation"] <= baseline["total_variation"]
+        and batch in row["microseconds"]
+    ]
+    return (
+        round(min(times) / baseline["microseconds"][batch], 4) if times and batch in baseline["microseconds"] else None
+    )
+
+
 def growth_table(result: Mapping[str, Any]) -> str:
     """How time grows with N."""
     batches = result["options"]["batch"]
