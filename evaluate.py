@@ -35,13 +35,13 @@ from lightning_knnmt.evaluation.report import (
 from lightning_knnmt.evaluation.scores import paired_bootstrap
 from lightning_knnmt.evaluation.tuning import Tune, Tuning, check_apart, count_stored, tune
 from lightning_knnmt.index.config import Device
-from lightning_knnmt.index.memory import DatastoreMemory, open_memory
 from lightning_knnmt.index.opening import load_index
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
 from lightning_knnmt.knn.mixture import PlainModel
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
+from lightning_knnmt.memory import DatastoreMemory, open_memory
 from lightning_knnmt.storage.files import file_sha256
 from lightning_knnmt.storage.ranks import Processes, Ranks
 from lightning_knnmt.timing import peak_memory_mb

@@ -1,4 +1,4 @@
-"""Train or fine-tune a translation model: ``python train.py fit --config configs/base.yaml``.
+"""Train or fine-tune a translation model: ``python train.py fit --config configs/dispersion/pretix.yaml``.
 
 What all runs share is in ``configs/training.yaml``.
 """

@@ -31,10 +31,10 @@ from lightning_knnmt.evaluation.report import table
 from lightning_knnmt.evaluation.scores import corpus_scores, paired_bootstrap
 from lightning_knnmt.evaluation.tuning import Grid, likelihoods
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
 from lightning_knnmt.knn.settings import MixtureConfig
+from lightning_knnmt.memory import DatastoreMemory
 from lightning_knnmt.training import ExportBackbone, IndexHealth, Schedule, TranslationModule
 from lightning_knnmt.training.datamodule import TranslationDataModule
 from lightning_knnmt.training.module import Trainable

@@ -17,9 +17,9 @@ from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.faiss_index import FaissIndex
-from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.index.report import IndexReport
+from lightning_knnmt.memory import DatastoreMemory
 
 STATUS = Path("/proc/self/status")
 T = TypeVar("T")

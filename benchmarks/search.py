@@ -47,7 +47,6 @@ from lightning_knnmt.evaluation.comparison import run_systems
 from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, system_json, write_json
 from lightning_knnmt.evaluation.tuning import Grid, likelihoods, reference_steps
 from lightning_knnmt.index.config import IndexConfig, Layout
-from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.combiners.fixed import FixedCombiner
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
@@ -55,6 +54,7 @@ from lightning_knnmt.knn.neighbors import Neighbors
 from lightning_knnmt.knn.probability import knn_log_weights
 from lightning_knnmt.knn.retrievers.whole_store import WholeStore
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
+from lightning_knnmt.memory import DatastoreMemory
 from lightning_knnmt.storage.layout import description_file, generation_name, index_file, part_file
 
 TIES = 4  # exact neighbors for each of k, so that any of those as near as the k-th counts as found

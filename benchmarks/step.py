@@ -22,13 +22,13 @@ from torch import Tensor
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.faiss_index import FaissIndex
-from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.combiners.fixed import FixedCombiner
 from lightning_knnmt.knn.mixture import Mixture
 from lightning_knnmt.knn.neighbors import Neighbors
 from lightning_knnmt.knn.retrievers.whole_store import WholeStore
 from lightning_knnmt.knn.step import Step
+from lightning_knnmt.memory import DatastoreMemory
 
 GOAL = 1.3
 

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     from lightning_knnmt.decoding import Decoding as Decoding
     from lightning_knnmt.decoding import Translator as Translator
     from lightning_knnmt.evaluation.explanation import explain as explain
-    from lightning_knnmt.index.memory import open_memory as open_memory
     from lightning_knnmt.knn.mixture import Mixture as Mixture
     from lightning_knnmt.knn.settings import KnnSettings as KnnSettings
     from lightning_knnmt.loading import load_translator as load_translator
+    from lightning_knnmt.memory import open_memory as open_memory
 
 _EXPORTED = {
     "BackboneConfig": "backbone.config",
@@ -41,7 +41,7 @@ _EXPORTED = {
     "explain": "evaluation.explanation",
     "load_model": "backbone.config",
     "load_translator": "loading",
-    "open_memory": "index.memory",
+    "open_memory": "memory",
 }
 __all__ = ["__version__", *_EXPORTED]
 

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from types import UnionType
+from typing import Any, get_origin, get_type_hints
 
 
 def check_at_least(least: int, **options: int | None) -> None:
@@ -103,3 +104,16 @@ def check_texts(**options: Any) -> None:
         if isinstance(value, str):
             shown = value if len(value) <= 40 else f"{value[:40]}…"
             raise TypeError(f"{name} is one string, {shown!r}, expected a list of strings: write [{shown!r}]")
+
+
+def check_types(instance: Any) -> None:
+    """Refuse a dataclass of which a field has another type than it should.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    for name, hint in get_type_hints(type(instance)).items():
+        kind = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
+        value = getattr(instance, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f"{name} is {str(value)[:40]!r}, expected {getattr(kind, '__name__', kind)}")

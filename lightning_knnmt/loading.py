@@ -7,12 +7,12 @@ from jsonargparse import ArgumentParser
 from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.index.config import Device
-from lightning_knnmt.index.memory import open_memory
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
 from lightning_knnmt.knn.mixture import PlainModel
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
+from lightning_knnmt.memory import open_memory
 
 
 def open_translator(

@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace, capture_parse
 from build_index import spell_out
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = tuple(sorted(path.name for path in ROOT.glob("*.py")))
+SCRIPTS = tuple(sorted(path.name for path in ROOT.glob("*.py") if path.name != "conftest.py"))
 
 
 @cache

@@ -369,9 +369,7 @@ def test_legacy_nllb_layout_is_refused(tiny_folder_of: FolderOf, tmp_path: Path)
 
 def test_unsupported_models_are_refused(tmp_path: Path):
     BloomConfig().save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match="is of type 'bloom', expected one of bart, firefox, fsmt, gpt2, llama, "
-    ):
+    with pytest.raises(ValueError, match="is of type 'bloom', expected one of bart, firefox, fsmt, gpt2, llama, "):
         load_model(str(tmp_path))
 
 

@@ -27,8 +27,8 @@ from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.explanation import explain
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import open_memory
 from lightning_knnmt.knn.settings import KnnSettings
+from lightning_knnmt.memory import open_memory
 
 PROMPTS = ["Choose File, then", "To print one page only, enter its number: 12", "Save", ""]
 WINDOWS = [window.pair for page in (PAGE, OTHER_PAGE) for window in Windows(100, 60).cut(page)]

@@ -8,7 +8,7 @@ from jsonargparse import ArgumentError
 from script_parsers import ROOT, SCRIPTS, parse
 
 SHARED = {
-    ROOT / "configs" / "training.yaml": ROOT / "configs" / "base.yaml"
+    ROOT / "configs" / "training.yaml": ROOT / "configs" / "dispersion" / "libreoffice_help.yaml"
 }  # [defaults of a script -> a config of it]
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))  # of W&B, which calls a script
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path not in SWEEPS]

@@ -20,7 +20,6 @@ from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.decoding import mixing as mixing_in
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.combiners.fixed import FixedCombiner
 from lightning_knnmt.knn.memory import Memory, RamMemory
@@ -30,6 +29,7 @@ from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.retrievers.whole_store import WholeStore
 from lightning_knnmt.knn.settings import KnnSettings
 from lightning_knnmt.knn.step import Step
+from lightning_knnmt.memory import DatastoreMemory
 
 STRATEGIES = {
     "greedy": {"num_beams": 1},

@@ -215,7 +215,7 @@ def be_launched(variables: dict[str, str], log: Path, arguments: list[str], pati
     crash.common.set_threads(1)
     tqdm.set_lock(threading.RLock())  # its own is shared among processes, and would outlive a killed one
     crash._draw_out(lambda _: None)
-    ranks.ARRIVAL = timedelta(seconds=patience)
+    ranks.START_TIMEOUT = timedelta(seconds=patience)
     build_index.main(arguments)
 
 

@@ -18,8 +18,8 @@ from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.distributed import DistributedIndex
-from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index, open_parts
+from lightning_knnmt.memory import DatastoreMemory
 from lightning_knnmt.storage.ranks import Ranks
 
 ENTRIES, KEY_SIZE, K = 900, 16, 10
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_ranks(size: int, work: Callable[..., Any], tmp_path: Path, *args: Any) -> list[Any]:
     """What each process of a group returns; the error of one is a string."""
     context = multiprocessing.get_context("forkserver")  # which imports everything once
-    context.set_forkserver_preload(["lightning_knnmt.building.index", "lightning_knnmt.index.memory"])
+    context.set_forkserver_preload(["lightning_knnmt.building.index", "lightning_knnmt.memory"])
     queue = context.Queue()
     rendezvous = f"file://{tmp_path}/rendezvous"
     processes = [

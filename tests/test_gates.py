@@ -13,13 +13,13 @@ from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.combiners.fixed import FixedCombiner
 from lightning_knnmt.knn.gates import ConfidenceGate, Gate
 from lightning_knnmt.knn.mixture import Mixture
 from lightning_knnmt.knn.retrievers.whole_store import WholeStore
 from lightning_knnmt.knn.step import Step
+from lightning_knnmt.memory import DatastoreMemory
 
 
 @pytest.fixture(scope="module")

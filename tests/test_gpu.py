@@ -23,10 +23,10 @@ from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.faiss_index import FaissIndex, read_index
 from lightning_knnmt.index.gpu import adder, find_gpus, has_gpu_version
 from lightning_knnmt.index.layers import find_ivf, innermost
-from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.index.report import IndexReport
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
+from lightning_knnmt.memory import DatastoreMemory
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

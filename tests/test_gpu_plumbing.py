@@ -119,10 +119,8 @@ def content(index: faiss.Index) -> bytes:
 def gpus(monkeypatch: pytest.MonkeyPatch) -> OnCpu:
     """Two GPUs, which builds and searches find unless they are told to take the CPU."""
     gpus = OnCpu()
-    for module in ("builder", "opening"):
-        monkeypatch.setattr(
-            f"lightning_knnmt.index.{module}.find_gpus", lambda device: None if device == "cpu" else gpus
-        )
+    for module in ("building.index", "index.opening"):
+        monkeypatch.setattr(f"lightning_knnmt.{module}.find_gpus", lambda device: None if device == "cpu" else gpus)
     return gpus
 
 

@@ -18,11 +18,11 @@ from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.index.config import IndexConfig, choose_factory
 from lightning_knnmt.index.faiss_index import FaissIndex
-from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.index.report import IndexReport
 from lightning_knnmt.knn.neighbors import Neighbors
 from lightning_knnmt.knn.retrievers.whole_store import WholeStore
+from lightning_knnmt.memory import DatastoreMemory
 from lightning_knnmt.storage.errors import DatastoreError
 
 ENTRIES, KEY_SIZE = 900, 16

@@ -26,8 +26,8 @@ from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore import Datastore, Manifest
 from lightning_knnmt.datastore.mapped_keys import MappedKeys
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import open_memory
 from lightning_knnmt.index.opening import load_index, open_index, open_parts, read_report
+from lightning_knnmt.memory import open_memory
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.layout import BUILDING
 

@@ -15,10 +15,10 @@ from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.memory import RamMemory
 from lightning_knnmt.knn.settings import KnnSettings
+from lightning_knnmt.memory import DatastoreMemory
 from lightning_knnmt.storage.errors import DatastoreError
 
 PAIRS = [Pair(pair.src, pair.tgt) for pair in corpus_pairs(30)]  # documents have no place in two lists of strings

@@ -29,10 +29,10 @@ from lightning_knnmt.evaluation.perplexity import (
 )
 from lightning_knnmt.evaluation.tuning import Grid, Tune
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import DatastoreMemory, open_memory
 from lightning_knnmt.knn.mixture import PlainModel
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.loading import load_translator
+from lightning_knnmt.memory import DatastoreMemory, open_memory
 
 TEST = "Choose Save to print the document.\nThe printer asks for a password. Choose another printer."
 VALIDATION = "The dialog is closed.\nChoose a name. The window that was used last is shown."

@@ -182,7 +182,7 @@ def test_a_damaged_download_ends_the_process_without_a_traceback(tmp_path: Path)
 
 
 def test_there_are_configs() -> None:
-    assert {"libreoffice_help", "pretix", "program_catalogs"} <= {file.stem for file in CONFIGS}
+    assert {"libreoffice_help", "pretix"} <= {file.stem for file in CONFIGS}
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)

@@ -144,9 +144,9 @@ model = make("it's")
     ("command", "message"),
     [
         ("make no-such-target", "no-such-target"),
-        ("python no_such_script.py --config configs/base.yaml", "there is no no_such_script.py"),
+        ("python no_such_script.py --config configs/dispersion/pretix.yaml", "there is no no_such_script.py"),
         ("python train.py fit --config configs/no_such.yaml", "no_such.yaml"),
-        ("python train.py --config configs/base.yaml", "train.py --config"),
+        ("python train.py --config configs/dispersion/pretix.yaml", "train.py --config"),
         ("python evaluate.py --config configs/demo/evaluate.yaml --no_such_option 1", "no_such_option"),
         ("python evaluate.py --config configs/demo/evaluate.yaml --repeats many", "repeats"),
         ("python evaluate.py --config configs/demo/build.yaml", "evaluate.py"),
@@ -163,7 +163,7 @@ def test_a_command_that_is_not_taken_fails(command: str, message: str, translate
     "command",
     [
         "make demo",
-        "python train.py fit --config configs/base.yaml --trainer.max_steps 10",
+        "python train.py fit --config configs/dispersion/pretix.yaml --trainer.max_steps 10",
         "python translate.py --config runs/demo/translate.yaml --explain 3 --knn.k 4",
     ],
 )

@@ -19,9 +19,9 @@ import translate
 from lightning_knnmt import load_model, load_translator
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.explanation import explain, explanation_lines
-from lightning_knnmt.index.memory import open_memory
 from lightning_knnmt.knn.mixture import Mixture
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
+from lightning_knnmt.memory import open_memory
 
 PARTS: dict[str, Any] = {
     "retriever": {"class_path": "own_parts.OwnRetriever", "init_args": {"k": 3, "divisor": 3}},

@@ -26,7 +26,7 @@ from lightning_knnmt.datastore import Manifest
 from lightning_knnmt.datastore import store as datastore_store
 from lightning_knnmt.index import opening
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import DatastoreMemory, open_memory
+from lightning_knnmt.memory import DatastoreMemory, open_memory
 from lightning_knnmt.storage import snapshot
 from lightning_knnmt.storage.errors import DatastoreError
 

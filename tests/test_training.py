@@ -33,6 +33,10 @@ pytestmark = pytest.mark.filterwarnings(
 FolderOf = Callable[[str], Path]
 SCHEDULE = Schedule(lr=1e-2, warmup_steps=1)
 LAST_BLOCK = {
+    "bart": ["decoder.layers.1.fc1", "decoder.layers.1.fc2", "decoder.layers.1.final_layer_norm", "lm_head"],
+    "pegasus": ["decoder.layers.1.fc1", "decoder.layers.1.fc2", "decoder.layer_norm", "lm_head"],
+    "mt5": ["decoder.block.1.layer.2.DenseReluDense", "decoder.final_layer_norm", "lm_head"],
+    "umt5": ["decoder.block.1.layer.2.DenseReluDense", "decoder.final_layer_norm", "lm_head"],
     "firefox": ["decoder.layers.1.fc1", "decoder.layers.1.fc2", "decoder.layers.1.final_layer_norm", "lm_head"],
     "marian": ["decoder.layers.1.fc1", "decoder.layers.1.fc2", "decoder.layers.1.final_layer_norm", "lm_head"],
     "m2m_100": ["decoder.layers.1.fc1", "decoder.layers.1.fc2", "decoder.layer_norm", "lm_head"],

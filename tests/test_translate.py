@@ -16,8 +16,8 @@ from tiny_models import ENGLISH, GERMAN
 import translate
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.decoding import Decoding, Translator
-from lightning_knnmt.index.memory import open_memory
 from lightning_knnmt.knn.settings import KnnSettings
+from lightning_knnmt.memory import open_memory
 
 
 class Stdin:

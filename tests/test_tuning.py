@@ -32,12 +32,12 @@ from lightning_knnmt.evaluation.tuning import (
     tune,
 )
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import DatastoreMemory
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.neighbors import Neighbors
 from lightning_knnmt.knn.retrievers.whole_store import WholeStore
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.knn.step import Step
+from lightning_knnmt.memory import DatastoreMemory
 
 VALIDATION = [Pair(f"7{pair.src}", pair.tgt) for pair in corpus_pairs(9, seed=3)]
 GRID = Grid(k=[1, 3, 8], lambda_=[0.25, 0.8], temperature=[0.5, 20.0], nprobe=[1, 2, 4], finalists=2)

@@ -275,7 +275,7 @@ def make_bart(out: Path) -> None:
     tokenizer = RobertaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
     bart = BartForConditionalGeneration(BartConfig(vocab_size=len(tokenizer), forced_bos_token_id=0, **SIZES))
     bart.generation_config.forced_bos_token_id = 0
-    save(bart, tokenizer, out)
+    save(bart, tokenizer, out, seed=2)
 
 
 def make_pegasus(out: Path) -> None:
@@ -284,7 +284,7 @@ def make_pegasus(out: Path) -> None:
     specials = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>", "<mask_2>")]
     tokenizer = PegasusTokenizer(vocab=[*specials, *pieces], offset=3)
     config = PegasusConfig(vocab_size=len(tokenizer), scale_embedding=True, **SIZES)
-    save(PegasusForConditionalGeneration(config), tokenizer, out)
+    save(PegasusForConditionalGeneration(config), tokenizer, out, seed=13)
 
 
 def make_t5_variant(config: type[PreTrainedConfig], model: type[PreTrainedModel], out: Path) -> None:
@@ -293,7 +293,7 @@ def make_t5_variant(config: type[PreTrainedConfig], model: type[PreTrainedModel]
     specials = [(token, 0.0) for token in ("<pad>", "</s>", "<unk>")]
     tokenizer = T5Tokenizer(vocab=[*specials, *pieces], extra_ids=0)
     sizes = {"d_model": 24, "d_kv": 6, "d_ff": 32, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
-    save(model(config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **sizes)), tokenizer, out)
+    save(model(config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **sizes)), tokenizer, out, seed=12)
 
 
 def make_fsmt(out: Path) -> None:

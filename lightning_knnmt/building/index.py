@@ -21,7 +21,7 @@ from lightning_knnmt.index.faiss_index import FaissIndex, read_index, write_inde
 from lightning_knnmt.index.gpu import Gpus, adder, find_gpus
 from lightning_knnmt.index.merging import clear_padding, merge, reserve
 from lightning_knnmt.index.report import IndexPart, IndexReport
-from lightning_knnmt.index.training import Trained, Training, train
+from lightning_knnmt.index.training import Training, train
 from lightning_knnmt.storage.artifact import CHECKSUM, Artifact
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import link_or_copy
@@ -169,7 +169,7 @@ class IndexBuild:
 
         def begin() -> str:
             Artifact(self.path).description.unlink(missing_ok=True)  # of an index that may have parts of the same names
-            return self._train().sha256
+            return self._train()[1]
 
         trained_sha256 = self.ranks.first(begin)
         expected = [
@@ -182,22 +182,25 @@ class IndexBuild:
         self.ranks.each(lambda: self._make_parts(ranges, expected))
         return self.ranks.first(lambda: self._join(ranges, expected))
 
-    def _train(self) -> Trained:
-        """Train, unless an earlier run has."""
+    def _train(self) -> tuple[RawIndex, str]:
+        """An index without entries and its file's checksum; trained, unless an earlier run of the same training has."""
         artifact = Artifact(trained_file(self.datastore.folder, self.name))
-        if (trained := Trained.load(self.training, artifact)) is not None:
-            self.spans.seconds.update(trained.seconds)
+        described = {"training": asdict(self.training)}
+        if (content := artifact.read(described)) is not None:
+            self.spans.seconds.update(content["seconds"])
             log.info("%s was trained before", self.training.factory)
-            return trained
+            return read_index(artifact.path), content[CHECKSUM]
         with self.spans.span("sample"):
             sample = self.datastore.sample_keys(self.training.train_points, self.training.seed)
         with self.spans.span("train"):
             log.info("training %s on %d of %d keys", self.training.factory, len(sample), len(self.datastore))
             index = train(self.training, sample, find_gpus(self.config.device))
-        return Trained.save(index, self.training, dict(self.spans.seconds), artifact)
+        sha256 = artifact.write(partial(write_index, index))
+        artifact.describe({**described, "seconds": dict(self.spans.seconds)}, sha256)
+        return index, sha256
 
     def _make_whole(self) -> IndexReport:
-        index = self._train().index
+        index = self._train()[0]
         self.add(index, self.datastore.key_chunks(self.config.chunk), len(self.datastore))
         return self._finish(index)
 

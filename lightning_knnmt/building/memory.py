@@ -17,8 +17,8 @@ from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.datastore import Datastore, Provenance
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.memory import DatastoreMemory, open_memory
 from lightning_knnmt.knn.memory import RamMemory
+from lightning_knnmt.memory import DatastoreMemory, open_memory
 
 BATCH_TOKENS = 4096  # most tokens of a batch on either side, padding counted
 

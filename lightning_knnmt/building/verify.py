@@ -1,5 +1,6 @@
 """Whether every byte of a datastore and of its indexes is as it was written."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,12 +29,6 @@ class Problem:
         return f"{self.file} {self.what}"
 
 
-class _DamagedError(DatastoreError):
-    def __init__(self, problems: list[Problem]) -> None:
-        super().__init__("; ".join(map(str, problems)))
-        self.problems = problems
-
-
 def verify(folder: Path) -> list[Problem]:
     """Compare all files of a datastore and of its indexes with their checksums; nothing is changed.
 
@@ -47,15 +42,16 @@ def verify(folder: Path) -> list[Problem]:
         What is wrong; nothing if all is well.
     """
 
-    def check() -> None:
-        if problems := _problems(folder):
-            raise _DamagedError(problems)
+    problems: list[Problem] = []
 
-    try:
+    def check() -> None:
+        problems[:] = _problems(folder)
+        if problems:
+            raise DatastoreError("something is wrong")  # unless another manifest is in force by now
+
+    with suppress(DatastoreError):
         open_together(folder, check)
-    except _DamagedError as damaged:
-        return damaged.problems
-    return []
+    return problems
 
 
 def _problems(folder: Path) -> list[Problem]:

@@ -3,18 +3,16 @@
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from lightning_knnmt.backbone.provenance import Provenance
+from lightning_knnmt.checks import check_types
 from lightning_knnmt.datastore.removed import RemovedInfo
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import file_problem, sync_folder
 from lightning_knnmt.storage.layout import BUILDING, MANIFEST, shard_file, shard_number
-from lightning_knnmt.storage.sealed import check_types, content_sha256, read_sealed, write_sealed
+from lightning_knnmt.storage.sealed import content_sha256, read_sealed, write_sealed
 
-if TYPE_CHECKING:
-    from lightning_knnmt.backbone.keyed_model import KeyedModel
-
-MOST_DIMENSIONS = 1 << 20
 MOST_ENTRIES = 1 << 50
 WRITTEN_IF_SET = ("generation", "appended", "removed")  # fields that a store which was never changed does not have
 
@@ -50,69 +48,6 @@ class ShardInfo:
     def is_whole(self, folder: Path) -> bool:
         """Whether every byte is as it was written."""
         return self.problem(folder) is None
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What decides which keys and values a corpus gets.
-
-    Attributes:
-        model: Name or folder of the model.
-        model_sha256: Fingerprint of its weights.
-        tokenizer_sha256: Fingerprint of its tokenizer.
-        key_type: Where the keys were read.
-        key_size: D.
-        src_lang: Language code of the source, if the model needs one.
-        tgt_lang: Language code of the target, if the model needs one.
-        src_prefix: What was put before every source.
-        sentences: Languages by whose rules texts were cut into sentences; empty if they were not.
-    """
-
-    model: str
-    model_sha256: str
-    tokenizer_sha256: str
-    key_type: str
-    key_size: int
-    src_lang: str | None
-    tgt_lang: str | None
-    src_prefix: str = ""
-    sentences: str = ""
-
-    def __post_init__(self) -> None:
-        check_types(self)
-        if not 1 <= self.key_size <= MOST_DIMENSIONS:
-            raise ValueError(f"key_size is {self.key_size}, expected 1 to {MOST_DIMENSIONS}")
-
-    @classmethod
-    def of(cls, model: "KeyedModel") -> "Provenance":
-        """What keys made by this model come from."""
-        return cls(
-            model=model.name,
-            model_sha256=model.model_fingerprint,
-            tokenizer_sha256=model.tokenizer_fingerprint,
-            key_type=model.config.key_type,
-            key_size=model.key_size,
-            src_lang=model.config.src_lang,
-            tgt_lang=model.config.tgt_lang,
-            src_prefix=model.config.src_prefix,
-            sentences=model.sentences,
-        )
-
-    def differences(self, other: "Provenance") -> list[str]:
-        """In words, what makes the keys of two provenances incomparable; the model's name alone does not."""
-        found = []
-        if self.model_sha256 != other.model_sha256:
-            found.append(f"model {_model(self)} against {_model(other)}")
-        for name in ("tokenizer_sha256", "key_type", "key_size", "src_lang", "tgt_lang", "src_prefix", "sentences"):
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if ours != theirs:
-                label = name.removesuffix("_sha256")
-                found.append(f"{label} {str(ours)[:16]} against {str(theirs)[:16]}")
-        return found
-
-
-def _model(provenance: Provenance) -> str:
-    return f"{provenance.model} ({provenance.model_sha256[:12]})"
 
 
 def library_versions() -> dict[str, str]:

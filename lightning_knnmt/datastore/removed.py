@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_knnmt.checks import check_types
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import file_problem, file_sha256
 from lightning_knnmt.storage.layout import removed_number
-from lightning_knnmt.storage.sealed import check_types, read_sealed, write_sealed
+from lightning_knnmt.storage.sealed import read_sealed, write_sealed
 
 
 @dataclass(frozen=True)

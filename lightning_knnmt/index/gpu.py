@@ -194,7 +194,10 @@ def _with_centroids(flat: faiss.Index, ivf: faiss.IndexIVF) -> faiss.Index:
 
 @contextmanager
 def _lent(holder: Any, name: str, lent: Any) -> Iterator[None]:
-    """Point a field of a FAISS object at another one; Python's wrapper gives that away, and gets it back in the end."""
+    """Point a field of a FAISS object at another one for as long as the block runs.
+
+    FAISS's wrapper makes the object the owner of whatever is put into its field; in the end the caller owns it again.
+    """
     before = getattr(holder, name)
     setattr(holder, name, lent)
     try:

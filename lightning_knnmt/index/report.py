@@ -3,11 +3,12 @@
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from lightning_knnmt.checks import check_types
 from lightning_knnmt.index.config import IndexConfig, Layout, default_train_points
-from lightning_knnmt.storage.artifact import CHECKSUM, Artifact
+from lightning_knnmt.storage.artifact import Artifact
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.layout import part_file
-from lightning_knnmt.storage.sealed import check_types, read_sealed
+from lightning_knnmt.storage.sealed import read_sealed
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,7 @@ class IndexReport:
         Raises:
             DatastoreError: It could not be written.
         """
-        content = asdict(self)
-        Artifact(path).describe(content, content.pop(CHECKSUM))
+        Artifact(path).describe(asdict(self), self.faiss_sha256)
 
     @classmethod
     def load(cls, path: Path) -> "IndexReport":

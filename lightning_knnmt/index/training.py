@@ -1,7 +1,6 @@
-"""Training of lists and codes, and what was trained kept on the disk, so that a stopped build need not train again."""
+"""Training of an index: its lists and codes."""
 
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 
 import faiss
 import numpy as np
@@ -10,11 +9,9 @@ from numpy.typing import NDArray
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.index.config import IndexConfig, choose_factory, default_train_points
 from lightning_knnmt.index.factory import RawIndex, make_index, refusing
-from lightning_knnmt.index.faiss_index import write_index
 from lightning_knnmt.index.gpu import Gpus, assigning
 from lightning_knnmt.index.layers import find_ivf
 from lightning_knnmt.index.splitting import give_centroids
-from lightning_knnmt.storage.artifact import CHECKSUM, Artifact
 
 
 @dataclass(frozen=True)
@@ -75,42 +72,6 @@ class Training:
         """Whether FAISS can append one index to another, as it cannot with graphs."""
         index = make_index(self.factory, self.key_size)
         return find_ivf(index) is not None
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A trained index without entries.
-
-    Attributes:
-        index: The index.
-        seconds: Time of each stage so far.
-        sha256: Checksum of its file.
-    """
-
-    index: RawIndex
-    seconds: dict[str, float]
-    sha256: str
-
-    @classmethod
-    def load(cls, training: Training, artifact: Artifact) -> "Trained | None":
-        """What the same training has left; None if there is nothing."""
-        if (content := artifact.read({"training": asdict(training)})) is None:
-            return None
-        try:
-            return cls(faiss.read_index(str(artifact.path)), content["seconds"], content[CHECKSUM])
-        except (RuntimeError, KeyError):  # another version's
-            return None
-
-    @classmethod
-    def save(cls, index: RawIndex, training: Training, seconds: dict[str, float], artifact: Artifact) -> "Trained":
-        """Write a trained index.
-
-        Raises:
-            DatastoreError: It could not be written.
-        """
-        sha256 = artifact.write(partial(write_index, index))
-        artifact.describe({"training": asdict(training), "seconds": seconds}, sha256)
-        return cls(index, seconds, sha256)
 
 
 def train(training: Training, sample: NDArray[np.float32], gpus: Gpus | None) -> RawIndex:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
+from lightning_knnmt.backbone.provenance import Provenance
 from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.data.pairs import Pair, StoredContext
 from lightning_knnmt.knn.neighbors import Neighbors
@@ -18,7 +19,7 @@ SPARE = 8  # candidates beyond K, among which rounding cannot hide one of the K 
 
 
 class Memory(Protocol):
-    """Keys and values of N stored contexts that can be searched; on disk (`index.memory`) or in RAM."""
+    """Keys and values of N stored contexts that can be searched; on disk (`lightning_knnmt.memory`) or in RAM."""
 
     @property
     def key_size(self) -> int:
@@ -84,7 +85,7 @@ class RamMemory:
     nlist = None
 
     def __init__(
-        self, keys: Tensor, values: Tensor, pairs: list[Pair], lengths: list[int], provenance: object = None,
+        self, keys: Tensor, values: Tensor, pairs: list[Pair], lengths: list[int], provenance: Provenance | None = None,
         block: int = 1 << 26,
     ) -> None:  # fmt: skip
         if not len(keys) == len(values) == sum(lengths):
@@ -110,14 +111,10 @@ class RamMemory:
         Raises:
             ValueError: It was built with another model, tokenizer, key type or language.
         """
-        if self.provenance is not None:
-            from lightning_knnmt.datastore.manifest import Provenance
-
-            assert isinstance(self.provenance, Provenance)
-            if differences := self.provenance.differences(Provenance.of(model)):
-                raise ValueError(
-                    f"the memory does not fit the model {model.name}: {'; '.join(differences)} (memory against model)"
-                )
+        if self.provenance is not None and (differences := self.provenance.differences(Provenance.of(model))):
+            raise ValueError(
+                f"the memory does not fit the model {model.name}: {'; '.join(differences)} (memory against model)"
+            )
 
     def search(
         self, queries: Tensor, k: int, nprobe: int = 8, rescore: int = 0, ef_search: int | None = None

@@ -12,8 +12,8 @@ from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.storage.errors import DatastoreError
 
 T = TypeVar("T")
-ARRIVAL = timedelta(minutes=10)  # how long processes wait until all have started
-PATIENCE = timedelta(days=1)  # the first rank may read a large store through while the others wait
+START_TIMEOUT = timedelta(minutes=10)  # until all processes have started
+WAIT_TIMEOUT = timedelta(days=1)  # the first rank may read a large store through while the others wait
 
 
 @dataclass(frozen=True)
@@ -117,11 +117,11 @@ class Processes:
         from torch import distributed
 
         accelerator = model.device.type if self.accelerator == "auto" else self.accelerator
-        strategy = DDPStrategy(timeout=ARRIVAL) if self.strategy in ("auto", "ddp") else self.strategy
+        strategy = DDPStrategy(timeout=START_TIMEOUT) if self.strategy in ("auto", "ddp") else self.strategy
         try:
             fabric = Fabric(accelerator=accelerator, devices=self.devices, num_nodes=self.num_nodes, strategy=strategy)
             fabric.launch()
-            group = distributed.new_group(timeout=PATIENCE, backend="gloo")
+            group = distributed.new_group(timeout=WAIT_TIMEOUT, backend="gloo")
         except RuntimeError as error:
             raise DatastoreError(f"the {wanted} processes of this build could not all be started: {error}") from error
         model.to(fabric.device)

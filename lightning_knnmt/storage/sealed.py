@@ -3,8 +3,7 @@
 import hashlib
 import json
 from pathlib import Path
-from types import UnionType
-from typing import Any, get_origin, get_type_hints
+from typing import Any
 
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import write_text
@@ -53,19 +52,6 @@ def read_sealed(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     return content
-
-
-def check_types(instance: Any) -> None:
-    """Refuse a dataclass of which a field has another type than it should.
-
-    Raises:
-        ValueError: Naming the field.
-    """
-    for name, hint in get_type_hints(type(instance)).items():
-        kind = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
-        value = getattr(instance, name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ValueError(f"{name} is {str(value)[:40]!r}, expected {getattr(kind, '__name__', kind)}")
 
 
 def _text(content: dict[str, Any]) -> str:
