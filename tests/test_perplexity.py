@@ -190,5 +190,5 @@ def test_evaluate_lm_writes_results_and_a_translator_that_continues_texts(folder
 
 
 def test_evaluate_lm_refuses_documents_that_are_stored(folder: Path):
-    with pytest.raises(ValueError, match="'printing' is a document of the datastore and of test"):
+    with pytest.raises(ValueError, match="'passwords' is a document of the datastore and of test"):
         evaluate(folder, test=CorpusFile(folder / "train.jsonl"))

@@ -159,7 +159,7 @@ def check_documents_apart(splits: Mapping[str, Iterable[Pair]]) -> None:
     """
     seen: dict[str, str] = {}
     for name, pairs in splits.items():
-        for document in {pair.document for pair in pairs} - {""}:
+        for document in sorted({pair.document for pair in pairs} - {""}):
             if document in seen:
                 raise ValueError(
                     f"{document!r} is a document of {seen[document]} and of {name}, expected each in one; "
