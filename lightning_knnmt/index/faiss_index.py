@@ -129,6 +129,15 @@ class FaissIndex:
         Raises:
             ValueError: The queries have another D, there is no graph, or K or nprobe is more than a GPU can select.
         """
+        self.check_options(queries, k, nprobe, ef_search)
+        return self.search_anywhere(queries, k, nprobe, ef_search)
+
+    def check_options(self, queries: NDArray[np.float32], k: int, nprobe: int, ef_search: int | None) -> None:
+        """Refuse what `search` refuses.
+
+        Raises:
+            ValueError: The queries have another D, or an option is too small or more than a GPU can select.
+        """
         self.check(queries)
         check_at_least(1, k=k, nprobe=nprobe, ef_search=ef_search)
         if self._gpus is not None:
@@ -138,7 +147,6 @@ class FaissIndex:
                         f"{name} is {value}, expected {MOST_ON_GPU} or less on GPUs (for k, with candidates for "
                         "rescore); choose fewer, or search on the CPU"
                     )
-        return self.search_anywhere(queries, k, nprobe, ef_search)
 
     def search_anywhere(
         self, queries: NDArray[np.float32], k: int, nprobe: int, ef_search: int | None

@@ -5,7 +5,6 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.index.faiss_index import FaissIndex
 from lightning_knnmt.index.search_index import Distances, Ids
@@ -57,14 +56,12 @@ class FilteredIndex:
         self, queries: NDArray[np.float32], k: int, nprobe: int = 8, ef_search: int | None = None
     ) -> tuple[Distances, Ids]:
         """As `FaissIndex.search`, among the entries that were not removed."""
-        self.whole.check(queries)
-        check_at_least(1, k=k)
+        self.whole.check_options(queries, k, nprobe, ef_search)
         distances = np.full((len(queries), k), np.inf, np.float32)
         ids = np.full((len(queries), k), -1, np.int64)
         rows, wanted = np.arange(len(queries)), k + math.ceil(EXTRA_PER_REMOVED * k * self._share)
-        search = self.whole.search if wanted == k else self.whole.search_anywhere
         while True:
-            found, entries = search(queries[rows], wanted, nprobe, ef_search)
+            found, entries = self.whole.search_anywhere(queries[rows], wanted, nprobe, ef_search)
             more = entries[:, -1] >= 0  # whether the index may have others
             gone = (entries < 0) | self.removed.covers(entries)
             order = np.argsort(gone, axis=1, kind="stable")[:, :k]
@@ -75,4 +72,3 @@ class FilteredIndex:
             if not len(rows) or wanted >= len(self):
                 return distances, ids
             wanted *= 2
-            search = self.whole.search_anywhere
