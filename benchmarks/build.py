@@ -252,7 +252,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small corpus of random tokens, fewer repeats")
     parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--model", default=str(ROOT / "models" / "demo-de-en"))
+    parser.add_argument("--model", default=str(ROOT / "data" / "models" / "firefox-en-pt"))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--corpus", type=Path, help="data/libreoffice_help/train.jsonl if it is there")
     parser.add_argument("--pairs", type=int, help="most sentence pairs; 8000, or 800 with --quick")

@@ -93,7 +93,7 @@ def fine_tune(variant: Variant, folder: Path, options: argparse.Namespace) -> di
     L.seed_everything(options.seed)
     module = TranslationModule(
         BackboneConfig(options.model), Schedule(options.lr, options.steps // 10, options.steps, options.steps // 3),
-        trainable=variant.trainable, dispersion=REGULARISERS[variant.regulariser or "sliced"], gamma=variant.gamma,
+        label_smoothing=options.label_smoothing, trainable=variant.trainable, dispersion=REGULARISERS[variant.regulariser or "sliced"], gamma=variant.gamma,
     )  # fmt: skip
     data = TranslationDataModule(options.data / "train.jsonl", options.data / "validation.jsonl", options.max_tokens)
     trainer = L.Trainer(
@@ -190,13 +190,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("train", "score"), help="fine-tune; or build datastores and translate")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
-    parser.add_argument("--model", type=Path, default=Path("models/demo-de-en"))
+    parser.add_argument("--model", type=Path, default=Path("data/models/firefox-en-pt"))
     parser.add_argument("--data", type=Path, default=Path("data/libreoffice_help"))
     parser.add_argument("--only", nargs="*", help="names of variants; all by default", metavar="NAME")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--max-tokens", type=int, default=2048)
-    parser.add_argument("--factory", default="IVF2048,PQ64x4fs,Refine(SQfp16)", help="of the datastores' indexes")
+    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--label-smoothing", type=float, default=0.0, help="0 for a model that was distilled")
+    parser.add_argument("--max-tokens", type=int, default=1024)
+    parser.add_argument("--factory", default="auto", help="of the datastores' indexes")
     parser.add_argument("--sample-nlist", type=int, default=128, help="lists of the keys of the validation split")
     parser.add_argument("--nprobe", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=256)

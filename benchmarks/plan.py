@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes")
     parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--model", default=str(ROOT / "models" / "demo-de-en"))
+    parser.add_argument("--model", default=str(ROOT / "data" / "models" / "firefox-en-pt"))
     parser.add_argument("--corpus", type=Path, default=LIBREOFFICE)
     parser.add_argument("--pairs", type=int, nargs="+", help="sizes; 10000 36000, or 1000 3000 with --quick")
     parser.add_argument("--sample-pairs", type=int, help="2000, or 500 with --quick")

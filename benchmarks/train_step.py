@@ -80,7 +80,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> None:
     """Print a table and the ratio that counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("models/demo-de-en"))
+    parser.add_argument("--model", type=Path, default=Path("data/models/firefox-en-pt"))
     parser.add_argument("--sentences", type=int, default=64)
     parser.add_argument("--length", type=int, default=32, help="tokens of every sentence, on both sides")
     parser.add_argument("--repeats", type=int, default=15)

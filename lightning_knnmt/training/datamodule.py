@@ -64,7 +64,7 @@ class TranslationDataModule(L.LightningDataModule):
         backbone = module.backbone
         for name in ("train", "validation") if stage == "fit" else ("validation",):
             if name not in self.splits:
-                pairs = read_split(self.files[name])
+                pairs = list(backbone.split_pairs(read_split(self.files[name])))
                 if not pairs:
                     raise ValueError(f"{name} is {self.files[name]}, which is empty; expected one pair or more")
                 ids = backbone.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])
