@@ -86,7 +86,7 @@ def _filtered(datastore: Datastore, index: FaissIndex) -> FilteredIndex | FaissI
 
 
 def read_report(datastore: Datastore, name: str) -> IndexReport:
-    """What is said of an index.
+    """The description of an index.
 
     Raises:
         DatastoreError: There is none, or it belongs to another datastore.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lightning_knnmt.backbone.keyed_model import KeyedModel
 
 
-SPARE = 8  # candidates beyond K, among which rounding cannot hide one of the K nearest
+EXTRA_CANDIDATES = 8  # candidates beyond K, among which rounding cannot hide one of the K nearest
 
 
 class Memory(Protocol):
@@ -137,8 +137,8 @@ class RamMemory:
             for rows in torch.arange(len(queries), device=queries.device).split(max(1, self.block // len(self))):
                 asked = queries[rows]
                 rough = self._norms - 2 * asked @ keys.T  # [R, N], squared distances but for the queries' own norms
-                entries = rough.topk(min(len(self), nearest + SPARE), largest=False).indices.sort(1).values
-                exact = (keys[entries] - asked[:, None]).square().sum(2)  # [R, K + SPARE]
+                entries = rough.topk(min(len(self), nearest + EXTRA_CANDIDATES), largest=False).indices.sort(1).values
+                exact = (keys[entries] - asked[:, None]).square().sum(2)  # [R, K + EXTRA_CANDIDATES]
                 exact, order = exact.sort(dim=1, stable=True)
                 distances[rows, :nearest] = exact[:, :nearest]
                 ids[rows, :nearest] = entries.gather(1, order)[:, :nearest]
