@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from lightning_knnmt.backbone import firefox  # noqa: F401, makes the family known to Hugging Face's Auto classes
+from lightning_knnmt.backbone.hub import read_config
 from lightning_knnmt.backbone.tokenization import FSMTTokenizer
 from lightning_knnmt.data.sentences import SentenceSplitter
 
@@ -103,15 +104,11 @@ def model_class_of(model: str) -> "type[KeyedModel]":
 
     Raises:
         OSError: There is no such folder, and the hub has no such model or cannot be reached.
+        ValueError: The model brings code of its own, which is never run.
     """
     from lightning_knnmt.backbone.seq2seq import Seq2SeqModel
 
-    try:
-        AutoConfig.from_pretrained(model)
-    except OSError as error:
-        raise OSError(
-            f"model {model!r} is no folder with a config.json here, and the hub gave none of that name: {error}"
-        ) from error
+    read_config(model)
     return Seq2SeqModel
 
 
