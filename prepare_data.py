@@ -5,6 +5,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
+from lightning_knnmt.checks import check_folder
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.data.cleaning import Cleaning
 from lightning_knnmt.data.readers import ReadReport
@@ -21,6 +22,7 @@ def prepare(
     cleaning: Cleaning | None = None,
     exclude: list[Path] | None = None,
     cache: Path = Path("data/cache"),
+    overwrite: bool = False,
 ) -> None:
     """Fetch, clean, split and write a parallel corpus.
 
@@ -31,7 +33,9 @@ def prepare(
         cleaning: What is done to each pair; none if not given.
         exclude: Split files of other corpora; pairs that have a text in common with them are dropped.
         cache: Folder for downloads.
+        overwrite: Replace splits in `out` that differ; otherwise they are an error.
     """
+    check_folder(out=out, cache=cache)
     excluded = frozenset(texts_of(exclude or []))
     report = ReadReport()
     unclean: Counter[str] = Counter()
@@ -47,7 +51,7 @@ def prepare(
         "read": report.read,
         "dropped": dict(report.skipped + unclean + lost),
     }
-    written = write_splits(out, parts, facts)
+    written = write_splits(out, parts, facts, overwrite)
     for name in parts:
         log.info("%s: %s", out / f"{name}.jsonl", written[name])
 

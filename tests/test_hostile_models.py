@@ -33,11 +33,11 @@ def hostile(marian_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("file", "changes"),
     [
-        ("config.json", {"model_type": "strange", "auto_map": {"AutoConfig": "evil.C", "AutoModelForSeq2SeqLM": "evil.M"}}),
+        ("config.json", {"model_type": "strange", "auto_map": {"AutoConfig": "evil.C"}}),
         ("config.json", {"auto_map": {"AutoModelForSeq2SeqLM": "evil.M"}}),
         ("tokenizer_config.json", {"tokenizer_class": "T", "auto_map": {"AutoTokenizer": ["evil.T", None]}}),
     ],
-)  # fmt: skip
+)
 def test_code_in_a_model_folder_is_refused_and_nothing_of_the_text_is_read(
     hostile: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], file: str, changes: dict[str, object]
 ) -> None:
