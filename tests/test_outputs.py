@@ -53,7 +53,7 @@ def test_evaluate_keeps_results_that_are_there_unless_they_are_to_be_replaced(
     (tmp_path / "results.json").write_text("old")
     monkeypatch.setattr(evaluate, "read_pairs", lambda *_: pytest.fail("work has begun"))
     expected = f"out is {tmp_path}/results.json, which is there already; name another, or give --overwrite true"
-    expect_error(capsys, evaluate.evaluate, *args, "--out", tmp_path, expected=expected)
+    expect_error(capsys, evaluate.evaluate, *args, "--out", tmp_path, "--overwrite", "false", expected=expected)
     assert (tmp_path / "results.json").read_text() == "old"
     monkeypatch.undo()
     run(evaluate.evaluate, *args, "--out", tmp_path, "--overwrite", "true")
