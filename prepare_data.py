@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lightning_knnmt.checks import check_folder
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.data.cleaning import Cleaning
 from lightning_knnmt.data.readers import ReadReport
@@ -24,6 +25,7 @@ def prepare(
     exclude: list[Path] | None = None,
     cache: Path = Path("data/cache"),
     windows: Windows | None = None,
+    overwrite: bool = False,
 ) -> None:
     """Fetch, clean, split and write a parallel corpus, or documents for a language model.
 
@@ -35,7 +37,9 @@ def prepare(
         exclude: Split files of other corpora; pairs that have a text in common with them are dropped.
         cache: Folder for downloads.
         windows: How the documents of a language model are cut after they were divided; none if the corpus is parallel.
+        overwrite: Replace splits in `out` that differ; otherwise they are an error.
     """
+    check_folder(out=out, cache=cache)
     excluded = frozenset(texts_of(exclude or []))
     report = ReadReport()
     unclean: Counter[str] = Counter()
@@ -53,9 +57,11 @@ def prepare(
     }
     if windows is not None:
         facts["windows"] = asdict(windows)
-        written = write_splits(out, {name: list(windows(documents)) for name, documents in parts.items()}, facts)
+        written = write_splits(
+            out, {name: list(windows(documents)) for name, documents in parts.items()}, facts, overwrite
+        )
     else:
-        written = write_splits(out, parts, facts)
+        written = write_splits(out, parts, facts, overwrite)
     for name in parts:
         log.info("%s: %s", out / f"{name}.jsonl", written[name])
 

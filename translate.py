@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from lightning_knnmt.backbone.config import BackboneConfig
-from lightning_knnmt.checks import check_at_least
+from lightning_knnmt.checks import check_at_least, check_folder, refuse_existing
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.explanation import explain as explain_translation
@@ -20,6 +20,7 @@ from lightning_knnmt.knn.mixture import Mixture
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings
 from lightning_knnmt.loading import open_translator
+from lightning_knnmt.storage.files import PartialFile, durable_file
 
 
 def translate(
@@ -35,6 +36,7 @@ def translate(
     output: str = "-",
     block: int = 1024,
     explain: int = 0,
+    overwrite: bool = False,
     index_device: Device = "cpu",
     mmap: bool = False,
 ) -> None:
@@ -50,10 +52,12 @@ def translate(
         gate: Which rows search, by class_path and init_args.
         decoding: Beam size, batch size and length.
         input: A text file; `-`: standard input.
-        output: Where the translations go; `-`: standard output.
+        output: Where the translations go; `-`: standard output. A file gets its name when all is translated; what a
+            run that is stopped has translated is in a file whose name ends in .partial.
         block: Lines that are read, and batched by length, before the first is written; a line typed on a terminal is
             answered at once.
         explain: Print, for each produced token, this many of its nearest stored contexts; 0: translations only.
+        overwrite: Replace a file that is there already.
         index_device: Where the index is searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there if FAISS can.
         mmap: Leave the index's entries on the disk, for an index that is larger than memory.
     """
@@ -63,17 +67,33 @@ def translate(
         raise ValueError(f"explain is {explain}, which shows stored contexts, but no datastore is given; give one too")
     if "-" not in (input, output) and Path(output).exists() and Path(output).samefile(input):
         raise ValueError(f"output is {output}, the same file as input; give another")
+    to_file = output != "-" and not _is_device(Path(output))
+    if to_file:
+        check_folder(output=Path(output).parent)
+        refuse_existing(overwrite, output=Path(output))
+    if input != "-" and not Path(input).exists():
+        raise FileNotFoundError(f"input is {input}, which does not exist, expected a text file")
     translator = open_translator(
         backbone, datastore, index, knn, retriever, combiner, gate, decoding, index_device, mmap
     )
     with ExitStack() as stack:
         source: BinaryIO = sys.stdin.buffer if input == "-" else stack.enter_context(Path(input).open("rb"))
-        out: BinaryIO = sys.stdout.buffer if output == "-" else stack.enter_context(Path(output).open("wb"))
+        out: Any = sys.stdout.buffer
+        if output != "-":
+            path = Path(output)
+            out = stack.enter_context(durable_file(path, keep=True) if to_file else path.open("wb"))
         lines = decoded(source, "standard input" if input == "-" else input)
         while rows := list(itertools.islice(lines, 1 if source.isatty() else block)):
             for line in _explained(rows, translator, explain) if explain else _translated(rows, translator):
                 out.write(line.encode() + b"\n")
             out.flush()
+            if isinstance(out, PartialFile):
+                out.check()
+
+
+def _is_device(path: Path) -> bool:
+    """Whether a path leads to a terminal, a pipe or the like, which is written to where it is."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:

@@ -11,7 +11,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from lightning_knnmt.evaluation.report import environment, write_json
+from lightning_knnmt.evaluation.report import environment
+from lightning_knnmt.storage.files import write_json
 
 __all__ = ["environment", "interleaved", "set_threads", "stage_table", "write_json"]
 

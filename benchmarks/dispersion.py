@@ -92,9 +92,13 @@ def fine_tune(variant: Variant, folder: Path, options: argparse.Namespace) -> di
     """Train a variant as `train.py fit --config configs/dispersion/…` does, export it, and return its measures."""
     L.seed_everything(options.seed)
     module = TranslationModule(
-        BackboneConfig(options.model), Schedule(options.lr, options.steps // 10, options.steps, options.steps // 3),
-        label_smoothing=options.label_smoothing, trainable=variant.trainable, dispersion=REGULARISERS[variant.regulariser or "sliced"], gamma=variant.gamma,
-    )  # fmt: skip
+        BackboneConfig(options.model),
+        Schedule(options.lr, options.steps // 10, options.steps, options.steps // 3),
+        label_smoothing=options.label_smoothing,
+        trainable=variant.trainable,
+        dispersion=REGULARISERS[variant.regulariser or "sliced"],
+        gamma=variant.gamma,
+    )
     data = TranslationDataModule(options.data / "train.jsonl", options.data / "validation.jsonl", options.max_tokens)
     trainer = L.Trainer(
         max_steps=options.steps, gradient_clip_val=1.0, use_distributed_sampler=False, logger=False,

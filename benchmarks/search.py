@@ -44,7 +44,7 @@ from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.comparison import run_systems
-from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, system_json, write_json
+from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, system_json
 from lightning_knnmt.evaluation.tuning import Grid, likelihoods, reference_steps
 from lightning_knnmt.index.config import IndexConfig, Layout
 from lightning_knnmt.index.opening import open_index
@@ -108,7 +108,7 @@ def build(store: Datastore, factory: str, options: argparse.Namespace, processes
         report, used = processes.run(measured_build, store.folder, config, options.threads)
         if not there:
             record["indexes"][config.name] = {"seconds": report.seconds, "peak_memory_mb": round(used.peak)}
-            write_json(store.folder / BUILD_FILE, record)
+            common.write_json(store.folder / BUILD_FILE, record)
         known = record["indexes"].get(config.name, {})
         if known.get("seconds") == report.seconds:  # else it was built otherwise
             memory["build"] = {"peak": known["peak_memory_mb"]}
@@ -398,7 +398,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.folder = kept
     print(search_report.tables(result))
     if options.json is not None:
-        write_json(options.json, result)
+        common.write_json(options.json, result)
     if options.picture is not None:
         search_report.draw(result, options.picture)
 

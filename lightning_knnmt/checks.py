@@ -1,7 +1,9 @@
 """Checks of options, all in the same words: what was given, what was expected."""
 
 import math
+import os
 from collections.abc import Iterable
+from pathlib import Path
 from types import UnionType
 from typing import Any, get_origin, get_type_hints
 
@@ -117,3 +119,45 @@ def check_types(instance: Any) -> None:
         value = getattr(instance, name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name} is {str(value)[:40]!r}, expected {getattr(kind, '__name__', kind)}")
+
+
+def check_folder(**options: Path | None) -> None:
+    """Refuse what cannot become a folder to write to; None passes.
+
+    Args:
+        options: Paths by the names of their options.
+
+    Raises:
+        ValueError: A file is in the way, or nobody may write there.
+
+    >>> from pathlib import Path
+    >>> check_folder(out=Path("/dev/null"))
+    Traceback (most recent call last):
+    ...
+    ValueError: out is /dev/null, where /dev/null is no folder, expected a folder that is there or can be made
+    """
+    for option, path in options.items():
+        if path is None:
+            continue
+        there = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+        if not there.is_dir():
+            raise ValueError(
+                f"{option} is {path}, where {there} is no folder, expected a folder that is there or can be made"
+            )
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise ValueError(f"{option} is {path}, expected a folder to write to, but {there} may not be written to")
+
+
+def refuse_existing(overwrite: bool, **options: Path) -> None:
+    """Refuse to write in the place of something, unless that is asked for.
+
+    Args:
+        overwrite: Whether it is.
+        options: Paths by the names of their options.
+
+    Raises:
+        ValueError: There is something.
+    """
+    for option, path in options.items():
+        if not overwrite and os.path.lexists(path):
+            raise ValueError(f"{option} is {path}, which is there already; name another, or give --overwrite true")

@@ -83,6 +83,7 @@ def make_domain(root: Path, marian_folder: Path) -> Domain:
         },
         "decoding": DECODING,
         "repeats": 2,
+        "overwrite": True,
         "out": root / "out",
     }
     run(evaluate.evaluate, "--config", write_config(root / "evaluate.yaml", evaluation))

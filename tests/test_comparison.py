@@ -20,12 +20,13 @@ from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.decoding import Decoding, Translations, Translator
 from lightning_knnmt.evaluation.comparison import SystemResult, run_systems
 from lightning_knnmt.evaluation.plots import plot_list_sizes
-from lightning_knnmt.evaluation.report import environment, markdown_table, system_json, table, write_json
+from lightning_knnmt.evaluation.report import environment, markdown_table, system_json, table
 from lightning_knnmt.evaluation.scores import Score, paired_bootstrap
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.settings import KnnSettings
 from lightning_knnmt.memory import DatastoreMemory
+from lightning_knnmt.storage.files import write_json
 from lightning_knnmt.timing import Spans
 
 PAIRS = corpus_pairs(8, seed=5)

@@ -146,7 +146,7 @@ def test_options_without_sense_are_errors(domain: Domain, tmp_path: Path, capsys
         ((*plain, "--knn.k", "0"), "k is 0, expected 1 or more"),
         ((*plain, "--bogus", "0"), "unrecognized arguments: --bogus"),
         ((*plain, "--input", file, "--output", file), "the same file as input"),
-        ((*plain, "--input", tmp_path / "none.txt"), "No such file or directory"),
+        ((*plain, "--input", tmp_path / "none.txt"), "none.txt, which does not exist, expected a text file"),
         ((*plain, "--datastore", tmp_path), "holds no datastore"),
         ((*tuned, "--index", "other"), "has no index called 'other'"),
         (("--backbone.model", tmp_path / "nowhere"), "nowhere"),

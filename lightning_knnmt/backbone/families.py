@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from lightning_knnmt.backbone import firefox  # noqa: F401, makes the family known to Hugging Face's Auto classes
 from lightning_knnmt.backbone.gguf import is_gguf
+from lightning_knnmt.backbone.hub import read_config
 from lightning_knnmt.backbone.tokenization import FSMTTokenizer
 from lightning_knnmt.data.sentences import SentenceSplitter
 
@@ -128,19 +129,14 @@ def model_class_of(model: str) -> "type[KeyedModel]":
 
     Raises:
         OSError: There is no such folder, and the hub has no such model or cannot be reached.
+        ValueError: The model brings code of its own, which is never run.
     """
     from lightning_knnmt.backbone.causal import CausalModel
     from lightning_knnmt.backbone.seq2seq import Seq2SeqModel
 
     if is_gguf(model):
         return CausalModel
-    try:
-        config = AutoConfig.from_pretrained(model)
-    except OSError as error:
-        raise OSError(
-            f"model {model!r} is no folder with a config.json here, and the hub gave none of that name: {error}"
-        ) from error
-    return Seq2SeqModel if config.is_encoder_decoder else CausalModel
+    return Seq2SeqModel if read_config(model).is_encoder_decoder else CausalModel
 
 
 def family_of(config: PretrainedConfig, name: str) -> Family:

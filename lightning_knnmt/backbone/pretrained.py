@@ -16,6 +16,7 @@ from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.backbone.families import Family, logits_bias
 from lightning_knnmt.backbone.fine_tuning import freeze_below_output, saved_state
 from lightning_knnmt.backbone.fingerprint import model_fingerprint, tokenizer_fingerprint
+from lightning_knnmt.backbone.hub import device_of
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.backbone.tap import KeysReached, KeyTap, tap_input
 
@@ -35,14 +36,14 @@ class PretrainedModel(KeyedModel):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__(config)
         self.frozen = False
+        self._place = device_of(config.device)
 
     def place(self, model: PreTrainedModel) -> None:
         """Take a loaded model, for evaluation, to its device."""
         self.model = model.eval()
         for name in model._keys_to_ignore_on_save or ():  # tables that are computed anew at each loading
             model.get_parameter(name).requires_grad_(False)
-        device = self.config.device
-        self.to(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        self.to(self._place)
 
     @property
     def device(self) -> torch.device:

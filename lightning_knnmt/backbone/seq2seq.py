@@ -5,11 +5,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM
 
 from lightning_knnmt.backbone.batch import Batch, collate
 from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.backbone.families import family_of, position_limit, splitter_of
+from lightning_knnmt.backbone.hub import read_config, read_weights
 from lightning_knnmt.backbone.keyed_model import TokenIds
 from lightning_knnmt.backbone.languages import check_target_prefix, decoder_start, set_languages
 from lightning_knnmt.backbone.pretrained import PretrainedModel
@@ -30,14 +31,14 @@ class Seq2SeqModel(PretrainedModel):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__(config)
-        hub = AutoConfig.from_pretrained(config.model)
+        hub = read_config(config.model)
         self.family = family_of(hub, self.name)
         self.position_limit = position_limit(hub)
         self.splitter = splitter_of(hub, config.sentences)
-        self.tokenizer = self.family.tokenizer.from_pretrained(config.model)
+        self.tokenizer = self.family.tokenizer.from_pretrained(config.model, trust_remote_code=False)
         set_languages(self.tokenizer, self.name, config.src_lang, config.tgt_lang)
         check_target_prefix(self.tokenizer, self.name, config.src_prefix)
-        self.place(AutoModelForSeq2SeqLM.from_pretrained(config.model, dtype=getattr(torch, config.dtype)))
+        self.place(read_weights(AutoModelForSeq2SeqLM, config.model, config.dtype))
         start = decoder_start(self.model, self.tokenizer, config.tgt_lang)
         self.start_id, self.forced_id = start.start_id, start.forced_id
 

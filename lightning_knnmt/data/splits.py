@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_knnmt.checks import check_at_least, check_one_of
+from lightning_knnmt.checks import check_at_least, check_one_of, refuse_existing
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.sentences import SentenceSplitter
 from lightning_knnmt.data.windows import Window
@@ -123,14 +123,26 @@ def _long_enough(pair: Pair, config: SplitConfig) -> bool:
 
 
 def write_splits(
-    folder: Path, splits: Mapping[str, Sequence[Pair | Window]], facts: Mapping[str, Any]
+    folder: Path,
+    splits: Mapping[str, Sequence[Pair | Window]],
+    facts: Mapping[str, Any],
+    overwrite: bool = True,
 ) -> dict[str, Any]:
     """Write `train.jsonl`, `validation.jsonl`, `test.jsonl` and `splits.json` with counts, hashes and `facts`.
 
     All files are complete beside the old ones before the first of those is replaced.
 
+    Args:
+        folder: Where they go.
+        splits: The splits by name.
+        facts: What else `splits.json` is to hold.
+        overwrite: Replace files that hold something else.
+
     Returns:
         What `splits.json` holds.
+
+    Raises:
+        ValueError: A file is there, holds something else, and is not to be replaced.
     """
     folder.mkdir(parents=True, exist_ok=True)
     description: dict[str, Any] = dict(facts)
@@ -149,6 +161,9 @@ def write_splits(
         facts_text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
         _write_beside(folder / "splits.json", facts_text.encode(), beside)
         for file, partial in beside.items():
+            if file.exists() and file.read_bytes() != partial.read_bytes():
+                refuse_existing(overwrite, out=file)
+        for file, partial in beside.items():
             partial.replace(file)
     finally:
         for partial in beside.values():
@@ -158,6 +173,7 @@ def write_splits(
 
 def _write_beside(file: Path, content: bytes, beside: dict[Path, Path]) -> None:
     beside[file] = file.with_name(file.name + ".partial")
+    beside[file].unlink(missing_ok=True)  # a link goes, and not what it names
     beside[file].write_bytes(content)
 
 

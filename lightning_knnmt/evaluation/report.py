@@ -1,7 +1,6 @@
 """Results as JSON and as a table."""
 
 import json
-import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -163,31 +162,6 @@ def read_build(datastore: Path | str) -> dict[str, Any]:
         return {"encode": record["encode"], "indexes": dict(record["indexes"])}
     except (FileNotFoundError, KeyError, TypeError, ValueError):  # only figures: not worth an error
         return {"encode": None, "indexes": {}}
-
-
-def write_json(path: Path | str, content: Mapping[str, Any]) -> None:
-    """Write JSON beside its final place and rename it; a number that JSON does not know, such as NaN, is null."""
-    text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(path, text)
-
-
-def write_text(path: Path | str, text: str) -> None:
-    """Write a text and a line end beside its final place and rename it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(text + "\n", encoding="utf-8")
-    beside.replace(path)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return str(value) if isinstance(value, Path) else value
 
 
 def significance_json(significance: Mapping[str, PairedBootstrap]) -> dict[str, Any]:

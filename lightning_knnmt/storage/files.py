@@ -131,10 +131,18 @@ class PartialFile(io.RawIOBase):
         self._file.close()
         self._partial.unlink(missing_ok=True)
 
+    def close(self) -> None:
+        """Close what was written, under its provisional name."""
+        self._file.close()
+
 
 @contextmanager
-def durable_file(path: Path) -> Iterator[PartialFile]:
+def durable_file(path: Path, keep: bool = False) -> Iterator[PartialFile]:
     """Write a file that gets its name when the block ends well and the disk has everything.
+
+    Args:
+        path: Its name.
+        keep: Leave what was written under its provisional name if the block does not end well.
 
     Raises:
         DatastoreError: It could not be written; it then is as it was before.
@@ -147,7 +155,7 @@ def durable_file(path: Path) -> Iterator[PartialFile]:
         yield file
         file.finish()
     except BaseException:
-        file.discard()
+        file.close() if keep else file.discard()
         if file.error is not None:
             raise _not_written(path, file.error) from file.error
         raise
