@@ -111,8 +111,8 @@ def evaluate_lm(
         f"model {model.name} {model.model_fingerprint[:12]}"
     )
     write_json(out / "results.json", content)
-    write_text(out / "results.md", f"{table}\n\n{line}")
-    write_text(out / "translate.yaml", translate_config(backbone, datastore, index, chosen, decoding))
+    write_text(out / "results.md", f"{table}\n\n{line}\n")
+    write_text(out / "translate.yaml", translate_config(backbone, datastore, index, chosen, decoding) + "\n")
     log.info("\n%s\n\n%s\n\nwritten to %s", table, line, out / "results.json")
 
 
