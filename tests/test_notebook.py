@@ -26,7 +26,7 @@ from lightning_knnmt.index.opening import open_index
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "cluster_sizes.ipynb"
-DEMO = [ROOT / "runs" / "demo" / name / "index.json" for name in ("store", "dispersed_store")]
+DEMO = [ROOT / "runs" / "demo" / name / "index.json" for name in ("store",)]
 FACTORIES = {
     "plain": "IVF16,Flat",
     "refined": "IVF16,PQ4x4fs,Refine(SQfp16)",
