@@ -17,7 +17,7 @@ from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.datastore import Provenance
 from lightning_knnmt.decoding import Decoding, Translator
-from lightning_knnmt.decoding_together import SharedTranslator
+from lightning_knnmt.decoding.together import SharedTranslator
 from lightning_knnmt.evaluation.comet import CometScorer, CometUnavailableError
 from lightning_knnmt.evaluation.comparison import Contender, SystemResult, run_systems
 from lightning_knnmt.evaluation.explanation import explain, explanation_lines

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "memory": {"storage", "data", "datastore", "index", "knn"},
     "building": {"storage", "data", "backbone", "datastore", "index", "knn", "memory"},
     "training": {"data", "backbone", "dispersion", "index"},
-    "decoding": {"data", "backbone", "knn"},
+    "decoding": {"data", "backbone", "knn", "memory", "index", "storage"},
     "evaluation": {
         "storage",
         "data",

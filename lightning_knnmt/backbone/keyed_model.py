@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,25 @@ class TokenIds:
     src: list[list[int]]
     tgt: list[list[int]]
     cut: int
+
+
+class StepwiseDecoder(Protocol):
+    """The state of decoding R rows."""
+
+    start_id: int
+
+    def step(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries (R, D) and logits (R, V) of the token that follows sequences (R, T), of which the last is new."""
+        ...
+
+    def select(self, rows: Tensor, dropped: bool) -> None:
+        """Let row i go on from row `rows[i]`, shape (R',).
+
+        Args:
+            rows: [row -> former row]; rows of one sentence stay together.
+            dropped: Whether sentences have left; otherwise each row goes on from one of its own sentence.
+        """
+        ...
 
 
 class KeyedModel(nn.Module, ABC):
@@ -132,6 +151,23 @@ class KeyedModel(nn.Module, ABC):
     @abstractmethod
     def generate(self, batch: Batch, **options: Any) -> Tensor:
         """Decode a batch with options of Hugging Face's `generate`, shape (sequences, T)."""
+
+    def search_rules(self) -> tuple[Any, dict[str, Any]] | None:
+        """The Hugging Face model whose generation configuration rules decoding, and options that override it.
+
+        Returns:
+            None if the model cannot be decoded `stepwise`, and leaves all to `generate`.
+        """
+        return None
+
+    def stepwise(self, batch: Batch, beams: int) -> StepwiseDecoder:
+        """Decoding of a batch, one step at a time.
+
+        Args:
+            batch: B sentences.
+            beams: Rows of each sentence, which lie together.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is decoded by generate")
 
     @abstractmethod
     def mixing(self, mix: Callable[[Tensor, Tensor], Tensor]) -> AbstractContextManager[None]:

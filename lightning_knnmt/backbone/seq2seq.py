@@ -14,6 +14,7 @@ from lightning_knnmt.backbone.hub import read_config, read_weights
 from lightning_knnmt.backbone.keyed_model import TokenIds
 from lightning_knnmt.backbone.languages import check_target_prefix, decoder_start, set_languages
 from lightning_knnmt.backbone.pretrained import PretrainedModel
+from lightning_knnmt.backbone.stepwise import Seq2SeqStepwise
 from lightning_knnmt.backbone.tokenization import token_ids
 from lightning_knnmt.checks import check_texts
 
@@ -72,6 +73,14 @@ class Seq2SeqModel(PretrainedModel):
             use_cache=False,
         )
         return cast(Tensor, output.logits)
+
+    def search_rules(self) -> tuple[Any, dict[str, Any]]:
+        """The Hugging Face model, and the token that every translation begins with, if it is forced."""
+        return self.model, {} if self.forced_id is None else {"forced_bos_token_id": self.forced_id}
+
+    def stepwise(self, batch: Batch, beams: int) -> Seq2SeqStepwise:
+        """Decoding of a batch, one step at a time."""
+        return Seq2SeqStepwise(self, self.start_id, batch, beams)
 
     def generate(self, batch: Batch, **options: Any) -> Tensor:
         """Hugging Face's `generate`, begun as the target language asks, shape (sequences, T)."""

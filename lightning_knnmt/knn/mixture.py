@@ -85,9 +85,13 @@ class Mixture:
             step: R rows.
             spans: Receives the time of `gate`, `search` and `mix`, counted in rows.
         """
+        return self.mixed(step, spans).logits
+
+    def mixed(self, step: Step, spans: "Spans | None" = None) -> Step:
+        """The same rows with the logits of the mixture and their normaliser; arguments as above."""
         neighbors = self.neighbors(step, spans)
         with _span(spans, "mix", len(step)):
-            return self.combiner(step, neighbors)
+            return self.combiner.mix(step, neighbors)
 
 
 class PlainModel:
@@ -101,6 +105,10 @@ class PlainModel:
     def __call__(self, step: Step, spans: "Spans | None" = None) -> Tensor:
         """The model's logits, shape (R, V)."""
         return step.logits
+
+    def mixed(self, step: Step, spans: "Spans | None" = None) -> Step:
+        """The step as it is."""
+        return step
 
 
 def _span(spans: "Spans | None", name: str, count: int) -> Any:

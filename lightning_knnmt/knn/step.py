@@ -16,17 +16,19 @@ class Step:
         logits: The model's logits z, shape (R, V).
         sentence: The sentence of each row, from 0 within the batch, shape (R,).  # [row -> sentence]
         writable: Whether the logits may be overwritten.
+        normalizer: lse(z), shape (R, 1), where it is known already.
     """
 
     queries: Tensor
     logits: Tensor
     sentence: Tensor
     writable: bool = False
+    normalizer: Tensor | None = None
 
     @cached_property
     def log_normalizer(self) -> Tensor:
         """lse(z), shape (R, 1), float32: computed once, whoever needs it."""
-        return log_sum_exp(self.logits)
+        return log_sum_exp(self.logits) if self.normalizer is None else self.normalizer
 
     def rows(self, chosen: Tensor) -> "Step":
         """Some of the rows, chosen by a mask of shape (R,) or by their numbers."""

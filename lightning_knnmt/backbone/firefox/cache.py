@@ -60,6 +60,15 @@ class FirefoxCache:
             raise ValueError(f"beam_idx is {beam_idx.tolist()}, expected rows of the same source for each row")
         self.cells = [cell.index_select(0, beam_idx.to(cell.device)) for cell in self.cells]
 
+    def batch_select_indices(self, rows: Tensor) -> None:
+        """Keep some rows, all of each source that stays. [row -> former row]"""
+        self.cells = [cell.index_select(0, rows.to(cell.device)) for cell in self.cells]
+        if self.memory is not None:
+            sources = rows[:: self.rows_per_source] // self.rows_per_source
+            keys, values = ([each[sources] for each in part] for part in (self.memory.keys, self.memory.values))
+            mask = None if self.memory.mask is None else self.memory.mask[sources]
+            self.memory = SourceMemory(keys, values, mask)
+
     def crop(self, *_: object) -> None:
         """Refused: what a cell has forgotten does not come back.
 

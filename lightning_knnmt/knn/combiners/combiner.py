@@ -43,11 +43,23 @@ class Combiner(Component, nn.Module, ABC):
 
     def forward(self, step: Step, neighbors: Neighbors) -> Tensor:
         """Logits of the mixture, shape (R, V), float32."""
+        return self.mix(step, neighbors).logits
+
+    def mix(self, step: Step, neighbors: Neighbors) -> Step:
+        """The same rows with the logits of the mixture, whose normaliser follows without another pass over V.
+
+        Raised logits add λ / (1 − λ) · exp lse(z) to the sum of exponentials, so that lse(z') = lse(z) − log(1 − λ);
+        with λ = 1 only log p_kNN is left, and lse(z') is 0.
+        """
         weights = self.weigh(step, neighbors)
+        before = step.log_normalizer
         log_probs = neighbor_log_probs(weights.log_shares, neighbors.values)
-        return mix_logits(
-            step.logits, neighbors.values, log_probs, weights.lambda_, step.log_normalizer, in_place=step.writable
-        )
+        logits = mix_logits(step.logits, neighbors.values, log_probs, weights.lambda_, before, in_place=step.writable)
+        found = weights.log_shares.isfinite().any(1, keepdim=True)  # [R, 1]
+        lambda_ = torch.as_tensor(weights.lambda_, dtype=torch.float32, device=before.device)
+        after = before - torch.log1p(-lambda_.clamp(max=1 - 1e-7))
+        after = torch.where(lambda_ >= 1, torch.zeros_like(before), after)
+        return Step(step.queries, logits, step.sentence, True, torch.where(found, after, before))
 
     def token_log_probs(self, step: Step, neighbors: Neighbors, tokens: Tensor) -> Tensor:
         """log p of one token of each row, without a pass over the vocabulary for every combiner.

@@ -4,14 +4,16 @@ import itertools
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.backbone.keyed_model import KeyedModel
-from lightning_knnmt.checks import check_at_least, check_texts
+from lightning_knnmt.checks import check_at_least, check_one_of, check_texts
 from lightning_knnmt.data.sentences import join
+from lightning_knnmt.decoding.search import search, search_options
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
 from lightning_knnmt.knn.step import Step, sentences_of_rows
 from lightning_knnmt.timing import Spans
@@ -46,6 +48,9 @@ _UNFIT_OPTIONS = {
 }
 
 
+Loop = Literal["own", "generate"]
+
+
 @dataclass(frozen=True)
 class Decoding:
     """Options of decoding.
@@ -55,15 +60,19 @@ class Decoding:
         batch_size: Sentences decoded at a time.
         max_new_tokens: Longest translation, in tokens.
         options: Further options of Hugging Face's `generate` that produce one translation, a token at a time.
+        loop: `own`: a search that gives what `generate` gives and is faster, wherever model and options allow it;
+            `generate`: Hugging Face's own, always.
     """
 
     beams: int = 4
     batch_size: int = 32
     max_new_tokens: int = 256
     options: dict[str, Any] = field(default_factory=dict)
+    loop: Loop = "own"
 
     def __post_init__(self) -> None:
         check_at_least(1, beams=self.beams, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        check_one_of(get_args(Loop), loop=self.loop)
         for name, advice in _UNFIT_OPTIONS.items():
             if self.options.get(name):
                 raise ValueError(f"options has {name}: {self.options[name]!r}, {advice}")
@@ -126,13 +135,16 @@ class Translator:
             batch: B sentences.
             spans: Receives the time of `search` and `mix`, counted in rows.
         """
+        beams, longest, options = self.decoding.beams, self.decoding.max_new_tokens, self.decoding.options
+        rules = self.model.search_rules() if self.decoding.loop == "own" else None
+        own = None if rules is None else search_options(rules[0], {**rules[1], **options}, beams, longest)
+        if own is not None:
+            self.mixture.begin(batch)
+            with torch.inference_mode():
+                decoder = self.model.stepwise(batch, beams)
+                return search(decoder, lambda step: self.mixture.mixed(step, spans), len(batch), own)
         with mixing(self.model, self.mixture, batch, spans):
-            return self.model.generate(
-                batch,
-                num_beams=self.decoding.beams,
-                max_new_tokens=self.decoding.max_new_tokens,
-                **self.decoding.options,
-            )
+            return self.model.generate(batch, num_beams=beams, max_new_tokens=longest, **options)
 
     def _count(self, sequences: Tensor) -> int:
         special = set(self.model.tokenizer.all_special_ids)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.checks import check_texts
-from lightning_knnmt.decoding import Decoding, Translations, Translator
+from lightning_knnmt.decoding.translator import Decoding, Translations, Translator
 from lightning_knnmt.index.distributed import DistributedIndex
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
 from lightning_knnmt.memory import DatastoreMemory
