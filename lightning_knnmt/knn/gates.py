@@ -31,6 +31,9 @@ class ConfidenceGate(Gate):
 
     Args:
         threshold: In [0, 1]; 0 closes the gate, 1 opens it for all but rows that are entirely sure.
+
+    >>> ConfidenceGate(0.9)(Step(torch.zeros(2, 3), torch.tensor([[0.0, 5.0], [0.0, 1.0]]), torch.arange(2)))
+    tensor([False,  True])
     """
 
     def __init__(self, threshold: float = 0.99) -> None:

@@ -58,7 +58,11 @@ class Neighbors:
 
 
 def no_neighbors(rows: int, k: int, device: torch.device | str = "cpu") -> Neighbors:
-    """Nothing found, for so many rows."""
+    """Nothing found, for so many rows.
+
+    >>> no_neighbors(1, 2).ids
+    tensor([[-1, -1]])
+    """
     nothing = torch.empty(0, k, device=device)
     searched = torch.zeros(rows, dtype=torch.bool, device=device)
     return Neighbors(nothing, nothing.long(), nothing.long()).spread(searched)

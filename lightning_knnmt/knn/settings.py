@@ -66,6 +66,9 @@ class MixtureConfig:
         retriever: Where neighbors come from.
         combiner: How they are mixed in.
         gate: Which rows search.
+
+    >>> MixtureConfig.of(KnnSettings(k=4)).with_options(lambda_=0.7).settings
+    KnnSettings(k=4, lambda_=0.7, temperature=10.0, nprobe=8, rescore=0, ef_search=None)
     """
 
     retriever: Retriever

@@ -13,6 +13,13 @@ class FixedCombiner(Combiner):
     Args:
         lambda_: λ, the neighbors' share, in [0, 1].
         temperature: T, in units of squared distance, more than 0.
+
+    >>> import torch
+    >>> from lightning_knnmt.knn.neighbors import Neighbors
+    >>> step = Step(torch.zeros(1, 3), torch.zeros(1, 2), torch.zeros(1))  # two tokens, equally likely
+    >>> found = Neighbors(torch.tensor([[4.0]]), torch.tensor([[1]]), torch.tensor([[0]]))
+    >>> FixedCombiner(lambda_=0.5)(step, found).softmax(1)
+    tensor([[0.2500, 0.7500]])
     """
 
     def __init__(self, lambda_: float = 0.5, temperature: float = 10.0) -> None:
