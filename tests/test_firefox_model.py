@@ -113,7 +113,8 @@ def test_logits_are_those_of_numpy(tmp_path: Path, target_texts: list[str] | Non
     batch = backbone.batch(GERMAN, ENGLISH)
     with torch.inference_mode():
         logits = backbone.keys_and_logits(batch)[1]
-    for row, (source, target) in enumerate(zip(*backbone.tokenize(GERMAN, ENGLISH), strict=True)):
+    ids = backbone.tokenize(GERMAN, ENGLISH)
+    for row, (source, target) in enumerate(zip(ids.src, ids.tgt, strict=True)):
         expected = reference_logits(weights, source, target[:-1])
         np.testing.assert_allclose(logits[row, : len(target), : expected.shape[1]], expected, rtol=1e-3, atol=1e-4)
         assert (logits[row, :, expected.shape[1] :] == -50).all()
@@ -379,7 +380,7 @@ def test_bfloat16_decodes_like_teacher_forcing(folder: Path):
 
 def test_the_auto_classes_load_it_once_the_package_is_imported(folder: Path):
     script = (
-        "import sys, lightning_knnmt.backbone\n"
+        "import sys, lightning_knnmt.backbone.firefox\n"
         "from transformers import AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer\n"
         "kinds = (AutoConfig, AutoModelForSeq2SeqLM, AutoTokenizer)\n"
         "print(*(type(kind.from_pretrained(sys.argv[1])).__name__ for kind in kinds))\n"

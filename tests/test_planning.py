@@ -177,14 +177,14 @@ def test_more_lists_than_are_measured_take_room(
         assert predicted == pytest.approx((config.folder / "index.faiss").stat().st_size, rel=0.2)
 
 
-def test_a_sample_is_uniform_and_counts_all_pairs(config: DatastoreConfig) -> None:
-    pairs, sample = sample_pairs(config.corpus, 100)
+def test_a_sample_is_uniform_and_counts_all_pairs(backbone: KeyedModel, config: DatastoreConfig) -> None:
+    pairs, sample = sample_pairs(backbone, config.corpus, 100)
     assert pairs == 600
     numbers = [int(pair.src.split()[0]) for pair in sample]
     assert numbers == sorted(set(numbers))
     assert len(numbers) == 100
     assert 230 < sum(numbers) / 100 < 370
-    assert len(sample_pairs(config.corpus, 1000)[1]) == 600
+    assert len(sample_pairs(backbone, config.corpus, 1000)[1]) == 600
 
 
 def test_the_options_of_a_build_print_a_plan(

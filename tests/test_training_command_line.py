@@ -190,7 +190,7 @@ def test_an_untrained_model_is_smoothed_without_a_warning(
         (["--model.schedule.warmup_steps=-1"], "warmup_steps is -1, expected 0 or more"),
         (["--model.schedule.lr=1e30"], "lr is 1e+30, expected at most 1"),
         (["--model.schedule.lr=0"], "lr is 0.0, expected more than 0 and finite"),
-        (["--trainer.max_steps=50"], "warmup_steps + decay_steps is 500, expected at most max_steps=50"),
+        (["--trainer.max_steps=50"], "warmup_steps + decay_steps is 400, expected at most max_steps=50"),
         (["--model.backbone.model=no/such/model"], "no/such/model"),
         (["--model.gamma=much"], "model.gamma"),
         (["--model.no_such_option=1"], "no_such_option"),

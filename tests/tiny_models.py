@@ -1,6 +1,7 @@
 """Tiny randomly initialised translation models of every family, saved as Hugging Face folders without a network."""
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,7 +10,6 @@ from typing import Any
 
 import sentencepiece
 import torch
-from scratch_model import ModelShape, init_model
 from tiny_firefox import ship
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
@@ -50,6 +50,9 @@ from transformers.models.mbart50.tokenization_mbart50 import FAIRSEQ_LANGUAGE_CO
 from lightning_knnmt.backbone.firefox.importing import write_folder
 from lightning_knnmt.backbone.firefox.model_card import Provenance
 from lightning_knnmt.backbone.firefox.shipped_files import ShippedFiles
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+from scratch_model import ModelShape, init_model
 
 GERMAN = [
     "Der Drucker ist nicht bereit.",
