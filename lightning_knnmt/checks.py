@@ -87,6 +87,15 @@ def check_one_of(choices: Iterable[Any], **options: Any) -> None:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, known))}")
 
 
+def shorten(text: str, most: int = 300) -> str:
+    """A text for a message, which may be megabytes in a file from a stranger.
+
+    >>> shorten("a" * 1000, most=4)
+    'aaaa… (1000 characters)'
+    """
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
+
+
 def check_texts(**options: Any) -> None:
     """Refuse one text where a list of texts is expected: it would be taken letter by letter.
 

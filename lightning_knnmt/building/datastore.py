@@ -16,7 +16,7 @@ from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.config import DatastoreConfig
 from lightning_knnmt.building.encoder import TOKENIZED_AT_ONCE, Item, Tokenized, cut, one_ahead, write_shard
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.data.readers import CorpusFile, ReadReport, read_pairs
+from lightning_knnmt.data.readers import CorpusFile, ReadReport, msgid_side, read_pairs
 from lightning_knnmt.datastore.manifest import Manifest, Provenance, ShardInfo, finish_building
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import file_sha256, sync_folder
@@ -270,8 +270,10 @@ def corpus_sha256(corpus: CorpusFile) -> str:
 
 
 def _reading(corpus: CorpusFile) -> dict[str, Any]:
+    side = msgid_side(corpus) if corpus.file_format in ("po", "mo") else "tgt" if corpus.msgid_side == "auto" else None
     names = ("src_lang", "tgt_lang", "msgid_side", "malformed", "max_characters")
-    return {"format": corpus.file_format, **{name: getattr(corpus, name) for name in names}}
+    read = {"format": corpus.file_format, **{name: getattr(corpus, name) for name in names}}
+    return read if side is None else read | {"msgid_side": side}
 
 
 def _encoding(model: KeyedModel, config: DatastoreConfig) -> dict[str, Any]:

@@ -131,7 +131,6 @@ class PartialFile(io.RawIOBase):
         self._file.close()
         self._partial.unlink(missing_ok=True)
 
-
     def close(self) -> None:
         """Close what was written, under its provisional name."""
         self._file.close()
