@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.index.config import IndexConfig, choose_factory, default_train_points
 from lightning_knnmt.index.factory import RawIndex, make_index, refusing
-from lightning_knnmt.index.faiss_index import write_index
+from lightning_knnmt.index.faiss_index import read_index, write_index
 from lightning_knnmt.index.gpu import Gpus, assigning
 from lightning_knnmt.index.layers import find_ivf
 from lightning_knnmt.index.splitting import give_centroids
@@ -97,8 +97,8 @@ class Trained:
         if (content := artifact.read({"training": asdict(training)})) is None:
             return None
         try:
-            return cls(faiss.read_index(str(artifact.path)), content["seconds"], content[CHECKSUM])
-        except (RuntimeError, KeyError):  # another version's
+            return cls(read_index(artifact.path), content["seconds"], content[CHECKSUM])
+        except (ValueError, KeyError):  # another version's
             return None
 
     @classmethod
