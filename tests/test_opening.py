@@ -79,13 +79,15 @@ def test_lengths_that_do_not_add_up_do_not_open(folder: Path, length: int) -> No
 
 
 @pytest.mark.parametrize("value", [-1, 40, 10**6, 2**31 - 1])
-def test_values_that_are_no_tokens_are_refused(folder: Path, value: int) -> None:
+def test_values_that_are_no_tokens_are_refused(folder: Path, value: int, monkeypatch: pytest.MonkeyPatch) -> None:
     change_shard(folder, lambda file: file["values"].__setitem__(3, value))
     with (
         Datastore(folder) as store,
         pytest.raises(DatastoreError, match=f"the value {value}, exp"),
     ):
-        store.check(SimpleNamespace(vocabulary_size=40, name="m"))  # type: ignore[arg-type]
+        model = SimpleNamespace(vocabulary_size=40, name="m")
+        monkeypatch.setattr("lightning_knnmt.datastore.store.Provenance.of", lambda _: store.manifest.provenance)
+        store.check(model)  # type: ignore[arg-type]
 
 
 def test_an_index_with_other_entry_numbers_is_refused(folder: Path) -> None:

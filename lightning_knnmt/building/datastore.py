@@ -16,7 +16,7 @@ from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.config import DatastoreConfig
 from lightning_knnmt.building.encoder import TOKENIZED_AT_ONCE, Item, Tokenized, cut, one_ahead, write_shard
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.data.readers import CorpusFile, ReadReport, msgid_side, read_pairs
+from lightning_knnmt.data.readers import CorpusFile, MalformedCorpusError, ReadReport, msgid_side, read_pairs
 from lightning_knnmt.datastore.manifest import Manifest, Provenance, ShardInfo, finish_building
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import file_sha256, sync_folder
@@ -114,7 +114,15 @@ def build_datastore(model: KeyedModel, config: DatastoreConfig, ranks: Ranks = R
             tokenized = Tokenized(model, _pairs_of(numbered, spans[ranks.rank :: ranks.size]))
             shards = _cut_at(iter(tokenized), spans[ranks.rank :: ranks.size])
         total = None if spans is None else spans[-1].stop if spans else begun.pairs
-        manifest = encode_rest(model, config, begun, total, shards, ranks)
+        try:
+            manifest = encode_rest(model, config, begun, total, shards, ranks)
+        except MalformedCorpusError:
+            if ranks.rank == 0 and not Manifest.load(folder, BUILDING).shards:  # there is nothing to continue from
+                (folder / BUILDING).unlink()
+            raise
+        if not manifest.pairs:
+            ranks.first(lambda: (folder / BUILDING).unlink())
+            raise MalformedCorpusError(f"path is {config.corpus.path}, which has no pairs ({report}), expected one")
         ranks.first(lambda: finish_building(folder))
         cut_texts = sum(ranks.each(lambda: tokenized.cut))
     if spans is None:

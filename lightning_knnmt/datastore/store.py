@@ -183,13 +183,13 @@ class Datastore:
         Raises:
             DatastoreError: The store was built with another model, tokenizer, key type or language.
         """
-        self._check_values(model.vocabulary_size)
         differences = self.manifest.provenance.differences(Provenance.of(model))
         if differences:
             raise DatastoreError(
                 f"the datastore {self.folder} does not fit the model {model.name}: {'; '.join(differences)} "
                 "(datastore against model). Search with what it was built with, or build another datastore."
             )
+        self._check_values(model.vocabulary_size)
 
     def _check_values(self, vocabulary: int) -> None:
         for start, stop, file in zip(self._starts[:-1], self._starts[1:], self._files, strict=True):
