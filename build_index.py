@@ -22,7 +22,7 @@ from lightning_knnmt.cli import log_cut, run_script
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import write_json
-from lightning_knnmt.storage.layout import BUILD_RECORD
+from lightning_knnmt.storage.layout import BUILD_RECORD, MANIFEST
 from lightning_knnmt.storage.ranks import Processes, refuse_several_processes
 
 if TYPE_CHECKING:  # each command imports what it needs, so that those without a model start at once
@@ -54,10 +54,13 @@ def build(
     from lightning_knnmt.building.datastore import build_datastore
     from lightning_knnmt.building.index import build_index
     from lightning_knnmt.datastore import Datastore
+    from lightning_knnmt.index.factory import check_fits
     from lightning_knnmt.index.opening import load_index
     from lightning_knnmt.timing import peak_memory_mb
 
+    _check_before(datastore)
     model = backbone.load()
+    check_fits(index, model.key_size)
     with processes.start(model) as ranks:
         if ranks.rank > 0:
             logging.getLogger("lightning_knnmt").setLevel(logging.WARNING)
@@ -74,6 +77,16 @@ def build(
         _log_report(report, spread)
         log.info("peak memory %s MB", peak_memory_mb())
         log_cut(built.cut)
+
+
+def _check_before(datastore: DatastoreConfig) -> None:
+    """See to it that the corpus is there and that its datastore can go where it is to, before a model is loaded."""
+    from lightning_knnmt.checks import check_folder
+    from lightning_knnmt.data.readers import read_pairs
+
+    if not (datastore.folder / MANIFEST).exists():  # which may be in a folder for reading only
+        check_folder(folder=datastore.folder)
+    read_pairs(datastore.corpus)
 
 
 def _encode_record(built: "DatastoreBuild", seconds: float) -> dict[str, Any] | None:
@@ -191,6 +204,7 @@ def append(
     refuse_several_processes("append")
     from lightning_knnmt.building.append import append_pairs
 
+    _check_before(datastore)
     change = append_pairs(backbone.load(), datastore)
     log.info("%d pairs appended, %d were stored before", change.pairs, change.known)
     _log_change(change)

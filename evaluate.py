@@ -29,6 +29,7 @@ from lightning_knnmt.evaluation.report import (
     settings_line,
     significance_json,
     system_json,
+    systems_lines,
 )
 from lightning_knnmt.evaluation.scores import paired_bootstrap
 from lightning_knnmt.evaluation.tuning import Tune, Tuning, check_apart, count_stored, tune
@@ -173,7 +174,8 @@ def evaluate(
         table = markdown_table(results, significance, {name: system.memory.report for name, system in systems.items()})
         note = "" if comet is None or no_comet is None else f"\n\nNo COMET scores: {no_comet}"
         write_json(out / "results.json", content)
-        write_text(out / "results.md", f"{table}\n\n{settings_line(content)}{note}\n")
+        text = f"{table}\n\n{settings_line(content)}\n\n{systems_lines(content)}{note}\n"
+        write_text(out / "results.md", text)
         write_text(out / "translate.yaml", translate_config(backbone, datastore, index, first.mixture, decoding) + "\n")
         lists = {
             f"{name}: {details[name]['index']['factory']}": sizes

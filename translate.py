@@ -10,6 +10,8 @@ from typing import Any, BinaryIO
 from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.checks import check_at_least, check_folder, refuse_existing
 from lightning_knnmt.cli import run_script
+from lightning_knnmt.data.readers.corpus import format_of_suffix
+from lightning_knnmt.data.readers.opening import open_bytes
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.explanation import explain as explain_translation
 from lightning_knnmt.evaluation.explanation import explanation_lines
@@ -71,19 +73,23 @@ def translate(
     if to_file:
         check_folder(output=Path(output).parent)
         refuse_existing(overwrite, output=Path(output))
+    if (known := format_of_suffix(Path(input))) not in (None, "text"):
+        raise ValueError(
+            f"input is {input}, a corpus in {known}, expected plain text, one sentence a line; take out its source side"
+        )
     if input != "-" and not Path(input).exists():
         raise FileNotFoundError(f"input is {input}, which does not exist, expected a text file")
     translator = open_translator(
         backbone, datastore, index, knn, retriever, combiner, gate, decoding, index_device, mmap
     )
     with ExitStack() as stack:
-        source: BinaryIO = sys.stdin.buffer if input == "-" else stack.enter_context(Path(input).open("rb"))
+        source: BinaryIO = sys.stdin.buffer if input == "-" else stack.enter_context(open_bytes(Path(input), True))
         out: Any = sys.stdout.buffer
         if output != "-":
             path = Path(output)
             out = stack.enter_context(durable_file(path, keep=True) if to_file else path.open("wb"))
         lines = decoded(source, "standard input" if input == "-" else input)
-        while rows := list(itertools.islice(lines, 1 if source.isatty() else block)):
+        while rows := list(itertools.islice(lines, 1 if input == "-" and source.isatty() else block)):
             for line in _explained(rows, translator, explain) if explain else _translated(rows, translator):
                 out.write(line.encode() + b"\n")
             out.flush()

@@ -28,6 +28,26 @@ def check_at_least(least: int, **options: int | None) -> None:
             raise ValueError(f"{name} is {value!r}, expected {least} or more")
 
 
+def check_at_most(most: int, **options: int | None) -> None:
+    """Refuse a whole number that is too large; None passes.
+
+    Args:
+        most: The largest that is accepted.
+        options: Values by the names of their options.
+
+    Raises:
+        ValueError: One is larger.
+
+    >>> check_at_most(65536, k=10**11)
+    Traceback (most recent call last):
+    ...
+    ValueError: k is 100000000000, expected 65536 or less
+    """
+    for name, value in options.items():
+        if value is not None and value > most:
+            raise ValueError(f"{name} is {value!r}, expected {most} or less")
+
+
 def check_number(above_zero: bool = False, **options: float | None) -> None:
     """Refuse a number that is negative or not finite; None passes.
 
@@ -86,6 +106,15 @@ def check_one_of(choices: Iterable[Any], **options: Any) -> None:
     for name, value in options.items():
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, known))}")
+
+
+def shorten(text: str, most: int = 300) -> str:
+    """A text for a message, which may be megabytes in a file from a stranger.
+
+    >>> shorten("a" * 1000, most=4)
+    'aaaa… (1000 characters)'
+    """
+    return text if len(text) <= most else f"{text[:most]}… ({len(text)} characters)"
 
 
 def check_texts(**options: Any) -> None:

@@ -2,18 +2,47 @@
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser, auto_cli
 
+from lightning_knnmt.checks import shorten
 from lightning_knnmt.storage.errors import DatastoreError
 
 log = logging.getLogger(__name__)
 
+MOST_SHOWN = 3000  # characters of an error
 USER_ERROR = 2  # as jsonargparse exits for options that it does not know
 _EXPECTED = (DatastoreError, ImportError, OSError, ValueError)
+
+
+class ScriptParser(ArgumentParser):
+    """A parser that gives the reason why an option is refused, without all that it might have been instead."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with status 2 and a message; the options are listed by --help."""
+        if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
+            super().error(message, ex)
+        sys.stderr.write(f"error: {shorten(reason_of(message), MOST_SHOWN)}\nAll options are listed by --help.\n")
+        sys.exit(USER_ERROR)
+
+
+def reason_of(message: str) -> str:
+    """A message of jsonargparse without the values given, and without the reasons why they are no null.
+
+    >>> reason_of("tuning\\nErrors:\\n  - k is 0\\n  - Expected a <class 'NoneType'>\\nGiven value: 0")
+    'tuning k is 0'
+    """
+    head, found, rest = message.partition("Errors:\n")
+    if not found:
+        return message
+    reasons = re.split(r"\n?^ *- ", rest, flags=re.MULTILINE)[1:]
+    kept = [reason_of(each.partition("Given value")[0].strip()) for each in reasons if "NoneType" not in each[:40]]
+    head = re.sub(r"\s*(Does not validate against any of the Union subtypes|Subtypes: .*)\s*", " ", head)
+    return f"{head.strip()} {'; or '.join(kept)}".strip()
 
 
 def run_script(function: Callable[..., Any] | dict[str, Any], args: list[str] | None = None) -> None:
@@ -30,7 +59,7 @@ def run_script(function: Callable[..., Any] | dict[str, Any], args: list[str] | 
     """
     _log_to_stderr()
     try:
-        auto_cli(function, args=args, as_positional=isinstance(function, dict))
+        auto_cli(function, args=args, as_positional=isinstance(function, dict), parser_class=ScriptParser)
     except BrokenPipeError:
         # Python writes what is left when it ends, and would complain that it cannot.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -40,7 +69,7 @@ def run_script(function: Callable[..., Any] | dict[str, Any], args: list[str] | 
     except Exception as error:
         if not isinstance(error, (*_EXPECTED, *_fetch_errors())) or os.environ.get("JSONARGPARSE_DEBUG"):
             raise
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"error: {shorten(reason_of(str(error)), MOST_SHOWN)}\n")
         sys.exit(USER_ERROR)
 
 

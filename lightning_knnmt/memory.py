@@ -86,6 +86,11 @@ class DatastoreMemory:
         if not len(rows) and not isinstance(self.index, DistributedIndex):
             return no_neighbors(0, k, queries.device)
         distances, ids = self.index.search(rows, max(k, rescore), nprobe, ef_search)
+        if ids.size and int(ids.max()) >= len(self):
+            raise DatastoreError(
+                f"the index of {self.datastore.folder} has found entry {int(ids.max())}, expected one below "
+                f"{len(self)}; build the index again"
+            )
         if rescore:
             distances, ids = rescored(rows, ids, self._keys, k)
         entries = torch.from_numpy(ids)

@@ -1,5 +1,6 @@
 """What is there already is kept, refused or replaced as asked; links are not followed; a file is whole or as it was."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -144,3 +145,21 @@ def test_a_wrong_device_leaves_the_output_alone(
 def test_a_device_as_output_stays_one(plain: list[Any], tmp_path: Path) -> None:
     run(translate.translate, *plain[:-1], "/dev/null")
     assert Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("name", ["in.tsv", "in.jsonl.gz", "in.tmx", "in.xlf", "in.csv", "in.po"])
+def test_a_corpus_is_not_translated_as_text(
+    plain: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / name).write_text("Hallo\tHello\n")
+    plain[plain.index("--input") + 1] = tmp_path / name
+    expect_error(capsys, translate.translate, *plain, expected=f"input is {tmp_path / name}, a corpus in ")
+    assert not (tmp_path / "out.txt").exists()
+
+
+def test_utf_16_and_gzip_are_translated(plain: list[Any], tmp_path: Path) -> None:
+    run(translate.translate, *plain)
+    expected = (tmp_path / "out.txt").read_bytes()
+    (tmp_path / "in.txt").write_bytes(gzip.compress((tmp_path / "in.txt").read_text("utf-8").encode("utf-16")))
+    run(translate.translate, *plain, "--overwrite", "true")
+    assert (tmp_path / "out.txt").read_bytes() == expected

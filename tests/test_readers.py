@@ -1,6 +1,8 @@
 """Readers of parallel corpora: what they yield, what they refuse, and what they never do."""
 
+import gzip
 import json
+import os
 import re
 import struct
 from itertools import islice
@@ -71,7 +73,7 @@ def test_text_round_trip_splits_on_newlines_only(tmp_path: Path, end: str, last:
 
 
 def test_tsv_round_trip_keeps_quotes_and_optional_document(tmp_path: Path) -> None:
-    lines = [f"{pair.src}\t {pair.tgt} \t{pair.document}" for pair in PAIRS] + ["Ja\tYes"]
+    lines = [f"{pair.src}\t {pair.tgt} \t{pair.document}" for pair in PAIRS] + ["Ja\tYes\t"]
     path = write(tmp_path / "c.tsv", "\n".join(lines))
     assert list(read_pairs(CorpusFile(path))) == [*PAIRS, Pair("Ja", "Yes")]
 
@@ -196,10 +198,10 @@ TSV_CASES = [
     (b"nur eine Spalte", "missing column", "1 column"),
     (b"", "missing column", "1 column"),
     (b"a\tb\tc\td", "extra column", "4 columns"),
-    (b"Hallo\t \tdoc", "empty side", "an empty target side"),
+    (b"Hallo\t ", "empty side", "an empty target side"),
     (b"\tHello", "empty side", "an empty source side"),
+    (b"Hallo\tHello\tdoc", "extra column", "3 columns"),
     (b"Ha\0llo\tHello", "NUL byte", "a NUL byte in the source side"),
-    (b"Hallo\tHello\td\0c", "NUL byte", "a NUL byte in the document name"),
     (b"Stra\xdfe\tstreet", "undecodable", "the byte 0xdf at position 5 of the line"),
     (b"kurz\t" + LONG.encode(), "too long", "49 characters on the target side, expected at most max_characters: 40"),
 ]
@@ -215,6 +217,7 @@ JSON_CASES = [
     (b'{"src": "Hallo", "tgt": "Hello", "document": 3}', "not a string", "a int under 'document'"),
     (b'{"src": "Hallo", "tgt": "\\ud83d"}', "undecodable", "half a surrogate pair under 'tgt'"),
     (b'{"src": "Hallo", "tgt": "\\u0000 x"}', "NUL byte", "a NUL byte in the target side"),
+    (b'{"src": "a", "tgt": "x", "document": "\\u0000"}', "NUL byte", "a NUL byte in the document name"),
     (b'{"src": "\\n", "tgt": "x"}', "empty side", "an empty source side"),
     (b'{"src": "\xff", "tgt": "x"}', "undecodable", "the byte 0xff at position 10"),
 ]
@@ -227,8 +230,8 @@ def test_malformed_line_stops_or_is_counted(
 ) -> None:
     path = write(tmp_path / name, good.encode() + b"\n" + bad + b"\n" + good.encode())
     with pytest.raises(MalformedCorpusError, match=re.escape(f"{path}:2: {reason}: found {found}")) as error:
-        list(read_pairs(CorpusFile(path, max_characters=40)))
-    assert HINT in str(error.value)
+        list(read_pairs(CorpusFile(path, max_characters=40, empty="error")))
+    assert HINT.replace("malformed", "empty" if reason == "empty side" else "malformed") in str(error.value)
     assert skip_reasons(CorpusFile(path, max_characters=40, malformed="skip")) == ([GOOD, GOOD], {reason: 1})
 
 
@@ -240,7 +243,9 @@ def test_malformed_line_stops_or_is_counted(
 def test_malformed_text_line_names_the_file_of_its_side(tmp_path: Path, side: str, bad: bytes, reason: str) -> None:
     lines = {"src": [b"Guten Tag", b"Hallo", b"Guten Tag"], "tgt": [b"Good day", b"Hello", b"Good day"]}
     lines[side][1] = bad
-    corpus = text_corpus(tmp_path, *(b"\n".join(lines[key]) for key in ("src", "tgt")), max_characters=40)
+    corpus = text_corpus(
+        tmp_path, *(b"\n".join(lines[key]) for key in ("src", "tgt")), max_characters=40, empty="error"
+    )
     path = corpus.path if side == "src" else corpus.tgt_path
     with pytest.raises(MalformedCorpusError, match=re.escape(f"{path}:2: {reason}: found ")):
         list(read_pairs(corpus))
@@ -286,8 +291,8 @@ def test_malformed_tmx_unit_stops_or_is_counted(tmp_path: Path, bad: str, reason
     path = write(tmp_path / "c.tmx", tmx(GOOD_UNIT, bad, GOOD_UNIT))
     message = f"{path}:4 (translation unit 2): {reason}: found {found}"
     with pytest.raises(MalformedCorpusError, match=re.escape(message)) as error:
-        list(read_pairs(CorpusFile(path, max_characters=40)))
-    assert HINT in str(error.value)
+        list(read_pairs(CorpusFile(path, max_characters=40, empty="error")))
+    assert HINT.replace("malformed", "empty" if reason == "empty side" else "malformed") in str(error.value)
     assert skip_reasons(CorpusFile(path, max_characters=40, malformed="skip")) == ([GOOD, GOOD], {reason: 1})
 
 
@@ -440,12 +445,12 @@ def test_report_says_every_count_in_one_line() -> None:
     ("options", "message"),
     [
         ({"path": "a.txt"}, "tgt_path is not given, expected the target side of the plain text file a.txt"),
-        ({"path": "a.csv"}, "format is auto, which does not know the suffix of a.csv, expected one of .txt, .tsv"),
+        ({"path": "a.xyz"}, "format is auto, which does not know the suffix of a.xyz, expected one of .txt, .tsv"),
         ({"path": "a.tmx", "tgt_path": "b.en"}, "tgt_path is b.en, expected none: a.tmx is read as tmx"),
         ({"path": "a.de", "tgt_path": "a.de"}, "the same file as path"),
-        ({"path": "a.tsv", "format": "csv"}, "format is 'csv', expected one of auto, text"),
+        ({"path": "a.tsv", "format": "xml"}, "format is 'xml', expected one of auto, text"),
         ({"path": "a.tsv", "malformed": "warn"}, "malformed is 'warn', expected one of error, skip"),
-        ({"path": "a.tsv", "msgid_side": "de"}, "msgid_side is 'de', expected one of src, tgt"),
+        ({"path": "a.tsv", "msgid_side": "de"}, "msgid_side is 'de', expected one of auto, src, tgt"),
         ({"path": "a.tsv", "max_characters": 0}, "max_characters is 0, expected 1 or more"),
         ({"path": "a.tsv", "src_lang": " "}, "src_lang is ' ', expected a language code"),
         (
@@ -474,3 +479,186 @@ def test_missing_file_or_folder_is_refused_at_the_call(tmp_path: Path) -> None:
     (tmp_path / "folder.tmx").mkdir()
     with pytest.raises(IsADirectoryError, match=r"folder\.tmx, which is a folder, expected a corpus file"):
         read_pairs(CorpusFile(tmp_path / "folder.tmx"))
+
+
+# ---- direction
+
+
+@pytest.mark.parametrize("suffix", ["po", "mo"])
+@pytest.mark.parametrize("language", ["en", "en_GB", "de", "de@informal", ""])
+def test_a_catalog_is_read_as_the_language_in_its_header_says(
+    tmp_path: Path, suffix: str, language: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    catalog = polib.POFile()
+    catalog.metadata = {"Content-Type": "text/plain; charset=UTF-8"} | ({"Language": language} if language else {})
+    msgid, msgstr = ("Hallo", "Hello") if language.startswith("en") else ("Hello", "Hallo")
+    catalog.append(polib.POEntry(msgid=msgid, msgstr=msgstr))
+    path = tmp_path / f"c.{suffix}"
+    catalog.save(str(path)) if suffix == "po" else catalog.save_as_mofile(str(path))
+    with caplog.at_level("INFO"):
+        assert list(read_pairs(CorpusFile(path))) == [Pair("Hallo", "Hello")]
+    side = "source" if language.startswith("en") else "target"
+    assert f"read as {suffix} with msgid as {side}, first pair 'Hallo' → 'Hello'" in caplog.text
+    if language:
+        wrong: Any = "tgt" if side == "source" else "src"
+        for options in ({"msgid_side": wrong}, {"src_lang": "fr", "tgt_lang": "it"}):
+            with pytest.raises(MalformedCorpusError, match="its header says that msgstr is in"):
+                list(read_pairs(CorpusFile(path, **options)))
+
+
+def test_the_first_pair_of_every_format_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, content in (("c.tsv", GOOD_TSV), ("c.jsonl", GOOD_JSON), ("c.tmx", tmx(GOOD_UNIT))):
+        with caplog.at_level("INFO"):
+            list(read_pairs(CorpusFile(write(tmp_path / name, content))))
+        assert "first pair 'Guten Tag' → 'Good day'" in caplog.text
+        caplog.clear()
+
+
+# ---- columns
+
+
+def test_a_stray_tab_makes_no_other_pair(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.tsv", "Hallo\tHello\nJa\tdoch\tYes\nNein\tNo\n")
+    with pytest.raises(MalformedCorpusError, match=r"c\.tsv:2: extra column: found 3 columns, expected 2 columns as"):
+        list(read_pairs(CorpusFile(path)))
+    pairs, skipped = skip_reasons(CorpusFile(path, malformed="skip"))
+    assert pairs == [Pair("Hallo", "Hello"), Pair("Nein", "No")] and skipped == {"extra column": 1}
+
+
+@pytest.mark.parametrize("head", ["tgt\tsrc\tnote\tdoc", "EN\tDe\tnote\tdocument", "target\tSource\tnote\tdoc"])
+def test_a_header_line_names_the_columns(tmp_path: Path, head: str) -> None:
+    path = write(tmp_path / "c.tsv", f"{head}\nHello\tHallo\tx\tpage\n")
+    assert skip_reasons(CorpusFile(path)) == ([Pair("Hallo", "Hello", "page")], {"header line": 1})
+
+
+@pytest.mark.parametrize("mark", [",", ";"])
+def test_csv_round_trip(tmp_path: Path, mark: str) -> None:
+    rows = [Pair('Er sagte: "Nein, Danke; ja"\tund', "He said, no"), Pair("Zwei\nZeilen", "Two\nlines")]
+    text = "".join(mark.join('"' + side.replace('"', '""') + '"' for side in (p.src, p.tgt)) + "\r\n" for p in rows)
+    pairs = list(read_pairs(CorpusFile(write(tmp_path / "c.csv", text))))
+    assert pairs == [rows[0], Pair("Zwei Zeilen", "Two lines")]
+
+
+def test_a_csv_file_that_can_be_read_in_two_ways_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.csv", "Hallo, Welt;Hello\n")
+    with pytest.raises(MalformedCorpusError, match="no columns: found a first line that can be read in several ways"):
+        list(read_pairs(CorpusFile(path)))
+
+
+# ---- damage and size
+
+
+def test_a_catalog_whose_strings_are_shifted_or_repeated_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "c.mo"
+    polib.pofile(PO).save_as_mofile(str(path))
+    data = path.read_bytes()
+    ids, texts = struct.unpack_from("<2I", data, 12)
+    for table, longer, later in ((ids, 0, 1), (texts, -1, 0), (texts, 0, -1)):
+        length, offset = struct.unpack_from("<2I", data, table + 8)
+        bad = data[: table + 8] + struct.pack("<2I", length + longer, offset + later) + data[table + 16 :]
+        with pytest.raises(MalformedCorpusError, match="a string does not end where its table says"):
+            list(read_pairs(CorpusFile(write(path, bad))))
+    # many strings that are all the same large one
+    text = b"a" * 10_000 + b"\0"
+    tables = struct.pack("<2I", 10_000, 28 + 16_000) * 2000
+    bomb = struct.pack("<7I", 0x950412DE, 0, 1000, 28, 28 + 8000, 0, 0) + tables + text
+    with pytest.raises(MalformedCorpusError, match="a string does not end where its table says"):
+        list(read_pairs(CorpusFile(write(path, bomb))))
+
+
+def test_messages_do_not_quote_megabytes(tmp_path: Path) -> None:
+    many = "".join(f'<tuv xml:lang="x{i}"><seg>a</seg></tuv>' for i in range(100_000))
+    long = json.dumps({"a" * 2_000_000: 1})
+    for path in (
+        write(tmp_path / "c.tmx", tmx(f"<tu>{many}</tu>")),
+        write(tmp_path / "c.jsonl", long),
+        write(tmp_path / "c.po", PO_HEADER + "x" * 2_000_000),
+    ):
+        with pytest.raises(MalformedCorpusError) as error:
+            list(read_pairs(CorpusFile(path)))
+        assert len(str(error.value)) < 1500
+
+
+def test_an_empty_side_is_skipped_and_counted_unless_it_is_to_be_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "c.tsv", f"{GOOD_TSV}\nHallo\t \n\tHello\n")
+    assert skip_reasons(CorpusFile(path)) == ([GOOD], {"empty side": 2})
+    with pytest.raises(MalformedCorpusError, match=re.escape("(--datastore.corpus.empty skip; --test.empty skip")):
+        list(read_pairs(CorpusFile(path, empty="error")))
+
+
+def test_what_is_skipped_is_logged_where_nobody_counts(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    list(read_pairs(CorpusFile(write(tmp_path / "c.tsv", f"{GOOD_TSV}\nHallo\t\n"))))
+    assert "read 1 pairs, skipped 1 (empty side: 1)" in caplog.text
+
+
+def test_a_document_name_with_an_entity_is_not_cut(tmp_path: Path) -> None:
+    head = '<!DOCTYPE tmx [<!ENTITY firma "GmbH">]>\n'
+    units = (
+        unit("a", "b", '<prop type="document">Die &firma; hier</prop>'),
+        unit("c", "d", '<prop type="document">A&amp;B</prop>'),
+    )
+    path = write(tmp_path / "c.tmx", tmx(*units, head=head))
+    pairs, skipped = skip_reasons(CorpusFile(path, malformed="skip"))
+    assert pairs == [Pair("c", "d", "A&B")] and skipped == {"unresolved entity": 1}
+
+
+# ---- XLIFF, gzip, UTF-16
+
+XLIFF_1 = """<xliff version="1.2" xmlns="urn:oasis:names:tc:xliff:document:1.2">
+<file original="page.html" source-language="{src}" target-language="{tgt}" datatype="html"><body>
+<group><trans-unit id="1"><source>{a} <bpt id="1">&lt;b&gt;</bpt>{b}<ept id="1">&lt;/b&gt;</ept></source>
+<target>{c} <g id="1">{d}</g></target><alt-trans>
+<source>no</source><target>nein</target></alt-trans>
+</trans-unit></group><trans-unit id="2"><source>later</source></trans-unit>
+<trans-unit id="3"><source>later</source><target state="needs-translation">later</target></trans-unit>
+</body></file></xliff>"""
+XLIFF_2 = """<xliff version="2.1" srcLang="{src}" trgLang="{tgt}" xmlns="urn:oasis:names:tc:xliff:document:2.0">
+<file id="page.html"><unit id="1"><segment state="final"><source>{a} <pc id="1">{b}</pc></source>
+<target>{c} <pc id="1">{d}</pc><ph id="2"/></target></segment>
+<segment state="initial"><source>later</source><target>later</target></segment>
+<segment><source>later</source></segment></unit></file></xliff>"""
+
+
+@pytest.mark.parametrize("form", [XLIFF_1, XLIFF_2], ids=["1.2", "2.1"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_xliff_round_trip_in_both_directions(tmp_path: Path, form: str, backwards: bool) -> None:
+    forwards = {"src": "de-DE", "tgt": "en-US", "a": "Ein", "b": "Wort", "c": "One", "d": "word"}
+    turned = {"src": "en-US", "tgt": "de-DE", "a": "One", "b": "word", "c": "Ein", "d": "Wort"}
+    content = form.format(**(turned if backwards else forwards))
+    for name, data in (("c.xlf", content.encode()), ("c.xliff.gz", gzip.compress(content.encode()))):
+        path = write(tmp_path / name, data)
+        pairs, skipped = skip_reasons(CorpusFile(path))
+        assert pairs == [Pair("Ein Wort", "One word", "page.html")] and skipped == {"untranslated": 2}
+    with pytest.raises(MalformedCorpusError, match="missing language: found"):
+        list(read_pairs(CorpusFile(path, src_lang="fr")))
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-8-sig"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_gzip_and_byte_order_marks_are_read(tmp_path: Path, encoding: str, packed: bool) -> None:
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+
+    def file(name: str, text: str) -> Path:
+        data = (mark + text).encode(encoding)
+        return write(tmp_path / (f"{name}.gz" if packed else name), gzip.compress(data) if packed else data)
+
+    lines = "".join(f"{pair.src}\t{pair.tgt}\n" for pair in PAIRS)
+    assert list(read_pairs(CorpusFile(file("c.tsv", lines)))) == [bare(pair) for pair in PAIRS]
+    sides = [file(f"{side}.txt", "".join(f"{getattr(p, side)}\n" for p in PAIRS)) for side in ("src", "tgt")]
+    assert list(read_pairs(CorpusFile(*sides))) == [bare(pair) for pair in PAIRS]
+    whole = write(tmp_path / "p.po.gz", gzip.compress((PO_HEADER + GOOD_PO).encode()))
+    assert list(read_pairs(CorpusFile(whole))) == [GOOD]
+
+
+def test_a_damaged_gzip_file_is_named(tmp_path: Path) -> None:
+    packed = gzip.compress("".join(f"Hallo {i}\tHello {i}\n" for i in range(5000)).encode())
+    for data in (packed[: len(packed) // 2], packed[:500] + bytes(50) + packed[550:]):
+        path = write(tmp_path / "c.tsv.gz", data)
+        with pytest.raises(MalformedCorpusError):
+            list(read_pairs(CorpusFile(path, malformed="skip")))
+
+
+def test_a_pipe_is_no_corpus(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "c.tsv")
+    with pytest.raises(ValueError, match=r"c\.tsv is a folder, a pipe or a device, expected a file"):
+        list(read_pairs(CorpusFile(tmp_path / "c.tsv")))

@@ -75,7 +75,8 @@ def test_the_markdown_holds_the_table_and_one_line_of_settings(domain: Domain):
     lines = (domain.root / "out" / "results.md").read_text(encoding="utf-8").splitlines()
     assert [line.split()[1] for line in lines[:4:2]] == ["system", "base"]
     knn = domain.results["settings"]["knn"]
-    (settings,) = lines[5:]
+    settings, _, system = lines[5:]
+    assert system.startswith("- knn: k ") and "IVF4,Flat over" in system
     chosen = f"k {knn['k']}, λ {knn['lambda_']:g}, T {knn['temperature']:g}, nprobe {knn['nprobe']} (best of"
     assert chosen in settings
     assert domain.results["systems"]["base"]["signatures"]["bleu"] in settings

@@ -16,7 +16,7 @@ from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.config import DatastoreConfig
 from lightning_knnmt.building.encoder import TOKENIZED_AT_ONCE, Item, Tokenized, cut, one_ahead, write_shard
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.data.readers import CorpusFile, ReadReport, read_pairs
+from lightning_knnmt.data.readers import CorpusFile, MalformedCorpusError, ReadReport, msgid_side, read_pairs
 from lightning_knnmt.datastore.manifest import Manifest, Provenance, ShardInfo, finish_building
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import file_sha256, sync_folder
@@ -114,7 +114,15 @@ def build_datastore(model: KeyedModel, config: DatastoreConfig, ranks: Ranks = R
             tokenized = Tokenized(model, _pairs_of(numbered, spans[ranks.rank :: ranks.size]))
             shards = _cut_at(iter(tokenized), spans[ranks.rank :: ranks.size])
         total = None if spans is None else spans[-1].stop if spans else begun.pairs
-        manifest = encode_rest(model, config, begun, total, shards, ranks)
+        try:
+            manifest = encode_rest(model, config, begun, total, shards, ranks)
+        except MalformedCorpusError:
+            if ranks.rank == 0 and not Manifest.load(folder, BUILDING).shards:  # there is nothing to continue from
+                (folder / BUILDING).unlink()
+            raise
+        if not manifest.pairs:
+            ranks.first(lambda: (folder / BUILDING).unlink())
+            raise MalformedCorpusError(f"path is {config.corpus.path}, which has no pairs ({report}), expected one")
         ranks.first(lambda: finish_building(folder))
         cut_texts = sum(ranks.each(lambda: tokenized.cut))
     if spans is None:
@@ -270,8 +278,10 @@ def corpus_sha256(corpus: CorpusFile) -> str:
 
 
 def _reading(corpus: CorpusFile) -> dict[str, Any]:
+    side = msgid_side(corpus) if corpus.file_format in ("po", "mo") else "tgt" if corpus.msgid_side == "auto" else None
     names = ("src_lang", "tgt_lang", "msgid_side", "malformed", "max_characters")
-    return {"format": corpus.file_format, **{name: getattr(corpus, name) for name in names}}
+    read = {"format": corpus.file_format, **{name: getattr(corpus, name) for name in names}}
+    return read if side is None else read | {"msgid_side": side}
 
 
 def _encoding(model: KeyedModel, config: DatastoreConfig) -> dict[str, Any]:

@@ -82,10 +82,9 @@ class PretixCatalogs:
         if not wheel.exists():
             raise FetchError(f"{requirement} was downloaded to {cache}, but gave no {wheel.name}; set another version")
         language = self.tgt_lang if self.src_lang == "en" else self.src_lang
-        msgid_side: Side = "src" if self.src_lang == "en" else "tgt"
         catalogs = re.compile(rf"/{re.escape(language)}/LC_MESSAGES/.*\.mo$")
         for name, content in _wheel_members(wheel, catalogs):
-            for pair in _catalog_pairs(content, f"{name} in {wheel}", msgid_side, report):
+            for pair in _catalog_pairs(content, f"{name} in {wheel}", self.src_lang, self.tgt_lang, report):
                 yield Pair(pair.src, pair.tgt)
 
 
@@ -139,12 +138,15 @@ class LibreOfficeHelp:
         return texts
 
 
-def _catalog_pairs(content: bytes, where: str, msgid_side: Side, report: ReadReport) -> Iterator[Pair]:
+def _catalog_pairs(content: bytes, where: str, src_lang: str, tgt_lang: str, report: ReadReport) -> Iterator[Pair]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "catalog.mo")
         file.write_bytes(content)
         try:
-            corpus = CorpusFile(file, msgid_side=msgid_side, malformed="skip", max_characters=2000)
+            side: Side = "src" if src_lang == "en" else "tgt"
+            corpus = CorpusFile(
+                file, src_lang=src_lang, tgt_lang=tgt_lang, msgid_side=side, malformed="skip", max_characters=2000
+            )
             yield from read_pairs(corpus, report)
         except MalformedCorpusError as error:
             raise MalformedCorpusError(f"{where}: {error}") from error

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore.manifest import ShardInfo
 from lightning_knnmt.storage.errors import DatastoreError
-from lightning_knnmt.storage.files import durable_file, is_inside
+from lightning_knnmt.storage.files import durable_file, file_sha256, is_inside
 
 KEY_DTYPE = np.float16
 TEXTS = ("src", "tgt", "document")
@@ -87,10 +87,14 @@ class ShardWriter:
             )
 
 
-def open_shard(folder: Path, shard: ShardInfo, key_size: int) -> h5py.File:
+def open_shard(folder: Path, shard: ShardInfo, key_size: int, checksum: bool = False) -> h5py.File:
     """Open a shard for reading, if it is as large as the manifest says and holds nothing but plain arrays and texts.
 
-    Not every byte is looked at; that is what `verify` is for.
+    Args:
+        folder: The datastore's.
+        shard: What the manifest says of it.
+        key_size: D.
+        checksum: Look at every byte; otherwise that is left to `verify`.
 
     Raises:
         DatastoreError: It is missing or damaged, or leads out of the datastore's folder.
@@ -100,13 +104,17 @@ def open_shard(folder: Path, shard: ShardInfo, key_size: int) -> h5py.File:
         raise DatastoreError(f"{path} is missing; build the datastore again")
     if not is_inside(path, folder):
         raise DatastoreError(f"{path} is a link to {path.resolve()}, expected a file in the datastore's folder")
+    if not path.is_file():
+        raise DatastoreError(f"{path} is a folder, a pipe or a device, expected a file; build the datastore again")
     try:
         file = h5py.File(path, "r", locking=False)  # nobody writes to a finished shard
     except OSError as error:
         raise DatastoreError(f"{path} is damaged ({error}); build the datastore again") from error
     try:
         _check_contents(file, shard, key_size)
-    except ValueError as error:
+        if checksum and file_sha256(path) != shard.sha256:
+            raise ValueError("is damaged (its checksum is another)")
+    except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:  # those of HDF5 itself, too
         file.close()
         raise DatastoreError(f"{path} {error}; build the datastore again") from error
     return file
@@ -125,6 +133,21 @@ def map_keys(file: h5py.File) -> NDArray[np.float16]:
         return np.memmap(file.filename, KEY_DTYPE, "r", keys.id.get_offset(), keys.shape)
     with open(file.id.get_vfd_handle(), "rb", closefd=False) as same:
         return np.memmap(same, KEY_DTYPE, "r", keys.id.get_offset(), keys.shape)
+
+
+def values_of(file: h5py.File) -> NDArray[np.int32]:
+    """The values of an open shard, shape (N,).
+
+    Raises:
+        DatastoreError: One is no token.
+    """
+    values: NDArray[np.int32] = file["values"][:]
+    if values.min(initial=0) < 0:
+        raise DatastoreError(
+            f"{file.filename} is damaged (it holds the value {values.min()}, expected 0 or more); build the datastore "
+            "again"
+        )
+    return values
 
 
 def _check_contents(file: h5py.File, shard: ShardInfo, key_size: int) -> None:
@@ -147,3 +170,8 @@ def _check_contents(file: h5py.File, shard: ShardInfo, key_size: int) -> None:
             raise ValueError(f"holds {name} of type {data.dtype}, expected {np.dtype(dtype) if dtype else 'text'}")
         if data.id.get_storage_size() != data.size * (np.dtype(dtype).itemsize if dtype else TEXT_REFERENCE):
             raise ValueError(f"holds only a part of its {name}")
+    lengths = file["lengths"][:]
+    if lengths.min(initial=1) < 1:
+        raise ValueError(f"is damaged (it holds a pair of {lengths.min()} entries, expected 1 or more)")
+    if int(lengths.sum(dtype=np.int64)) != shard.entries:
+        raise ValueError(f"is damaged (its pairs have {lengths.sum(dtype=np.int64)} of {shard.entries} entries)")

@@ -14,13 +14,16 @@ from numpy.typing import NDArray
 from lightning_knnmt.data.pairs import Pair, StoredContext
 from lightning_knnmt.datastore.manifest import Provenance, read_manifest
 from lightning_knnmt.datastore.removed import Removed
-from lightning_knnmt.datastore.shard import map_keys, open_shard
+from lightning_knnmt.datastore.shard import map_keys, open_shard, values_of
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.layout import MANIFEST
 from lightning_knnmt.storage.snapshot import open_together
 
 if TYPE_CHECKING:
     from lightning_knnmt.backbone.keyed_model import KeyedModel
+
+
+SMALL = 1 << 28  # bytes that are read in a moment
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Datastore:
     Args:
         folder: Folder that `build_index.py` wrote.
         manifest: File name of the manifest; another than the usual one is that of a change which is under way.
+        checksums: Compare every byte of shards and indexes with its checksum when they are opened; None: for those of
+            256 MB or less.
 
     Attributes:
         manifest: What it was made with, and its shards.
@@ -64,12 +69,12 @@ class Datastore:
         removed: Entries that no index may find any more.
 
     Raises:
-        DatastoreError: There is no whole datastore, or a shard is missing or damaged. Not every byte is looked at;
-            `building.verify` does that.
+        DatastoreError: There is no whole datastore, or a shard is missing or damaged. Not every byte of a large one is
+            looked at; `building.verify` does that.
     """
 
-    def __init__(self, folder: Path | str, manifest: str = MANIFEST) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path | str, manifest: str = MANIFEST, checksums: bool | None = None) -> None:
+        self.folder, self.checksums = Path(folder), checksums
         open_together(self.folder, lambda: self._open(manifest), manifest)
         self._starts = np.cumsum([0, *(shard.entries for shard in self.manifest.shards)])
 
@@ -79,12 +84,18 @@ class Datastore:
         self._files: list[h5py.File] = []
         try:
             for shard in self.manifest.shards:
-                self._files.append(open_shard(self.folder, shard, self.key_size))
+                self._files.append(open_shard(self.folder, shard, self.key_size, self.hashes(shard.file)))
             if read_manifest(self.folder, manifest)[0] != self.manifest:  # whose shards may have the same names
                 raise DatastoreError(f"{self.folder} was changed while it was opened; open it again")
         except BaseException:
             self.close()
             raise
+
+    def hashes(self, *files: str) -> bool:
+        """Whether some files are compared with their checksums when they are opened."""
+        if self.checksums is None:
+            return sum((self.folder / file).stat().st_size for file in files if (self.folder / file).exists()) <= SMALL
+        return self.checksums
 
     @property
     def key_size(self) -> int:
@@ -98,7 +109,7 @@ class Datastore:
     @cached_property
     def values(self) -> NDArray[np.int32]:
         """Target-token id of every entry, shape (N,)."""
-        return np.concatenate([np.empty(0, np.int32), *(file["values"][:] for file in self._files)])
+        return np.concatenate([np.empty(0, np.int32), *map(values_of, self._files)])
 
     def key_chunks(self, chunk: int = 65536, entries: range | None = None) -> Iterator[NDArray[np.float16]]:
         """Keys in the order of the entries, in arrays of shape (up to `chunk`, D).
@@ -178,6 +189,15 @@ class Datastore:
                 f"the datastore {self.folder} does not fit the model {model.name}: {'; '.join(differences)} "
                 "(datastore against model). Search with what it was built with, or build another datastore."
             )
+        self._check_values(model.vocabulary_size)
+
+    def _check_values(self, vocabulary: int) -> None:
+        for start, stop, file in zip(self._starts[:-1], self._starts[1:], self._files, strict=True):
+            if (largest := int(self.values[start:stop].max(initial=0))) >= vocabulary:
+                raise DatastoreError(
+                    f"{file.filename} holds the value {largest}, expected tokens below {vocabulary}, the size of the "
+                    "model's vocabulary; build the datastore again"
+                )
 
     def close(self) -> None:
         """Close the files."""

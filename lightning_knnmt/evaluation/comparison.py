@@ -93,10 +93,13 @@ def run_systems(
         raise ValueError("the test split is empty, expected one pair or more")
     sources = [pair.src for pair in pairs]
     rounds: dict[str, list[Translations]] = {name: [] for name in translators}
-    for _ in range(repeats + 1):
+    for number in range(repeats + 1):
         for name, translator in translators.items():
             torch.manual_seed(seed)
-            rounds[name].append(translator.translate(sources))
+            done = translator.translate(sources)
+            rounds[name].append(done)
+            which = f"repeat {number} of {repeats}" if number else "warm-up"
+            log.info("%s, %s: %.1f s, %.0f tokens/s", name, which, done.seconds, done.tokens / max(done.seconds, 1e-9))
     results = {}
     for name, translator in translators.items():
         timed = rounds[name][1:]

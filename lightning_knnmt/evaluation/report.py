@@ -141,6 +141,20 @@ def settings_line(results: Mapping[str, Any]) -> str:
     return "; ".join(parts)
 
 
+def systems_lines(results: Mapping[str, Any]) -> str:
+    """The mixture and the index of every system with neighbors, a line each.
+
+    Args:
+        results: What results.json holds.
+    """
+    lines = []
+    for name, system in results["systems"].items():
+        if "mixture" in system:
+            chosen = _knn_line(system["knn"]) if system["knn"] else _mixture_line(system["mixture"])
+            lines.append(f"- {name}: {chosen}; {system['index']['factory']} over {system['index']['entries']} entries")
+    return "\n".join(lines)
+
+
 def _knn_line(knn: Mapping[str, Any]) -> str:
     line = f"k {knn['k']}, λ {knn['lambda_']:g}, T {knn['temperature']:g}, nprobe {knn['nprobe']}"
     more = {"rescored": knn["rescore"], "ef_search": knn["ef_search"]}

@@ -1,15 +1,18 @@
 """How an index is built."""
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from lightning_knnmt.checks import check_at_least, check_one_of
+from lightning_knnmt.checks import check_at_least, check_one_of, shorten
 from lightning_knnmt.storage.layout import RESERVED
 
 Layout = Literal["whole", "shards"]
 Device = Literal["auto", "cpu", "gpu"]
+LONGEST_FACTORY = 256  # characters; FAISS ends the process at a string of 400,000
+MOST_LISTS = 1 << 24
 HNSW_LISTS = 16384  # from which on a graph finds a query's lists faster than comparing it with all centroids
 
 
@@ -51,6 +54,7 @@ class IndexConfig:
     def __post_init__(self) -> None:
         check_at_least(1, train_points=self.train_points, chunk=self.chunk, part_entries=self.part_entries)
         check_at_least(0, seed=self.seed)
+        check_factory(self.factory)
         if not 0 <= self.split_lists < 1:
             raise ValueError(f"split_lists is {self.split_lists}, expected 0 or more and less than 1")
         check_one_of(get_args(Layout), layout=self.layout)
@@ -59,6 +63,30 @@ class IndexConfig:
             raise ValueError(f"name is {self.name!r}, expected a file name without folders and dots")
         if self.name in RESERVED:
             raise ValueError(f"name is {self.name!r}, expected another than those that the datastore uses itself")
+
+
+def check_factory(factory: str) -> None:
+    """Refuse a factory string with which FAISS would ask for more memory than there is, or end the process.
+
+    Whether the rest of it makes sense, FAISS says when the keys' dimensions are known.
+
+    Raises:
+        ValueError: It is too long, or a number in it is none that an index can have.
+
+    >>> check_factory("IVF0,Flat")
+    Traceback (most recent call last):
+    ...
+    ValueError: factory is 'IVF0,Flat' with 0 in it, expected numbers of 1 to 16777216
+    """
+    if len(factory) > LONGEST_FACTORY:
+        raise ValueError(f"factory is {shorten(factory, 40)!r}, expected {LONGEST_FACTORY} characters or fewer")
+    for name, digits in re.findall(r"([A-Za-z]*)(\d+)", factory):
+        least, most = (2, 1024) if name in ("HNSW", "NSG") else (1, MOST_LISTS)
+        if not least <= int(digits) <= most:
+            where = f" after {name}" if least > 1 else ""
+            raise ValueError(
+                f"factory is {factory!r} with {int(digits)} in it, expected numbers of {least} to {most}{where}"
+            )
 
 
 def default_train_points(nlist: int | None) -> int:

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import faiss
 
+from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.layers import innermost, returns_hamming
 
 RawIndex = faiss.Index  # of any family; others need not import FAISS to name it
@@ -56,3 +57,13 @@ def make_index(factory: str, key_size: int) -> faiss.Index:
     if hasattr(codes := innermost(index), "do_polysemous_training"):
         codes.do_polysemous_training = False  # orders the codes for a search that is not used here, in most of the time
     return index
+
+
+def check_fits(config: IndexConfig, key_size: int) -> None:
+    """Refuse a factory string that FAISS does not know or that does not fit keys of D dimensions.
+
+    Raises:
+        ValueError: It does not.
+    """
+    if config.factory != "auto":
+        make_index(config.factory, key_size)

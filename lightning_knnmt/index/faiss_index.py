@@ -271,9 +271,15 @@ def read_index(path: Path, mmap: bool = False) -> faiss.Index:
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; build it with build_index.py")
+    if not path.is_file():
+        raise ValueError(f"{path} is no plain file, expected an index; build it again")
+    if hasattr(faiss, "set_deserialization_vector_byte_limit"):  # the file, and tables that FAISS computes
+        size = (1 << 31) + path.stat().st_size
+        faiss.set_deserialization_vector_byte_limit(size)
+        faiss.set_deserialization_loop_limit(size)
     try:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if mmap else 0)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         raise ValueError(f"{path} is not an index that FAISS can read ({error}); build it again") from error
 
 

@@ -10,6 +10,7 @@ from lightning_knnmt.index.filtered import FilteredIndex
 from lightning_knnmt.index.gpu import Gpus, find_gpus
 from lightning_knnmt.index.report import IndexReport
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.files import file_sha256
 from lightning_knnmt.storage.layout import description_file, generation_name, index_file, part_file
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,10 @@ def _load(datastore: Datastore, name: str, report: IndexReport, numbers: range, 
     files = files or [index_file(datastore.folder, stem)]
     expected = [report.parts[number].entries for number in numbers] or [0 if report.parts else report.entries]
     first = sum(part.entries for part in report.parts[: numbers.start])
+    checksums = report.checksums(index_file(datastore.folder, stem))
+    for file in files:
+        if datastore.hashes(file.name) and file.is_file() and file_sha256(file) != checksums[file]:
+            raise DatastoreError(f"{file} is damaged (its checksum is another); build the index again")
     try:
         index = FaissIndex.load(*files, first=first, mmap=mmap)
     except (FileNotFoundError, ValueError) as error:

@@ -29,7 +29,10 @@ def only_writer(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
     Raises:
         DatastoreError: Another process writes there, or nobody can.
     """
+    made = ranks.rank == 0 and not folder.exists()
     with ExitStack() as stack:
+        if made:
+            stack.callback(_remove_if_unused, folder)
 
         def enter(shared: bool) -> IO[bytes]:
             file = stack.enter_context(_open(folder))
@@ -59,6 +62,13 @@ def only_writer(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
         ranks.each(enter_other)
         yield
     ranks.each(lambda: None)  # rank 0 may want the folder for itself, which it has when all have left
+
+
+def _remove_if_unused(folder: Path) -> None:
+    """Remove a folder that nothing was written to, such as that of a build whose corpus was refused."""
+    if folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]:
+        (folder / LOCK).unlink()
+        folder.rmdir()
 
 
 def _open(folder: Path) -> IO[bytes]:

@@ -36,6 +36,8 @@ def read_sealed(path: Path) -> dict[str, Any]:
         DatastoreError: It was written by another version.
         ValueError: It is damaged.
     """
+    if not path.is_file():
+        raise ValueError("it is a folder, a pipe or a device, expected a file")
     if path.stat().st_size > LARGEST_FILE:
         raise ValueError(f"it has {path.stat().st_size} bytes, expected no more than {LARGEST_FILE}")
     text = path.read_bytes().decode()

@@ -34,6 +34,6 @@ def open_together(folder: Path, attempt: Callable[[], T], manifest: str = MANIFE
 
 def _content(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return path.read_bytes() if path.is_file() else None
     except OSError:
         return None

@@ -4,9 +4,11 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+from lightning_knnmt.checks import shorten
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers.corpus import CorpusFile
 
+EMPTY = "empty side"
 _LINE_BREAK = re.compile(r"[ \t]*[\r\n][ \t\r\n]*")
 
 
@@ -51,6 +53,7 @@ class PairChecker:
     def __init__(self, corpus: CorpusFile, report: ReadReport) -> None:
         self.report = report
         self._skip = corpus.malformed == "skip"
+        self._skip_empty = self._skip or corpus.empty == "skip"
         self._max_characters = corpus.max_characters
 
     def reject(self, where: str, reason: str, found: str, expected: str) -> None:
@@ -66,9 +69,11 @@ class PairChecker:
             MalformedCorpusError: Under `malformed: error`.
         """
         if not self._skip:
+            option = "empty" if reason == EMPTY else "malformed"
             raise MalformedCorpusError(
-                f"{where}: {reason}: found {found}, expected {expected}; mend the file, "
-                "or set malformed: skip to skip and count such lines"
+                f"{where}: {reason}: found {shorten(found)}, expected {expected}; mend the file, "
+                f"or set {option}: skip to skip and count such lines (--datastore.corpus.{option} skip; "
+                f"--test.{option} skip in evaluate.py)"
             )
         self.report.skipped[reason] += 1
 
@@ -96,7 +101,10 @@ class PairChecker:
                 return None
         for name, text, place in sides:
             if not text:
-                self.reject(place, "empty side", f"an empty {name}", "text on both sides")
+                if self._skip_empty:
+                    self.report.skipped[EMPTY] += 1
+                else:
+                    self.reject(place, EMPTY, f"an empty {name}", "text on both sides")
                 return None
             if len(text) > self._max_characters:
                 limit = f"at most max_characters: {self._max_characters}"

@@ -6,16 +6,19 @@ from typing import Literal, get_args
 
 from lightning_knnmt.checks import check_at_least, check_one_of
 
-FileFormat = Literal["text", "tsv", "jsonl", "tmx", "po", "mo"]
-Format = Literal["auto", "text", "tsv", "jsonl", "tmx", "po", "mo"]
-Side = Literal["src", "tgt"]
+FileFormat = Literal["text", "tsv", "csv", "jsonl", "tmx", "xliff", "po", "mo"]
+Format = Literal["auto", "text", "tsv", "csv", "jsonl", "tmx", "xliff", "po", "mo"]
+Side = Literal["auto", "src", "tgt"]
 OnMalformed = Literal["error", "skip"]
 
 _FORMAT_OF_SUFFIX: dict[str, FileFormat] = {
     ".txt": "text",
     ".tsv": "tsv",
+    ".csv": "csv",
     ".jsonl": "jsonl",
     ".tmx": "tmx",
+    ".xlf": "xliff",
+    ".xliff": "xliff",
     ".po": "po",
     ".mo": "mo",
 }
@@ -26,13 +29,17 @@ class CorpusFile:
     """A parallel corpus on disk.
 
     Attributes:
-        path: The file; for plain text its source side.
+        path: The file; for plain text its source side. It may be packed by gzip, and text, TSV, CSV and JSONL may be
+            UTF-16 with a byte-order mark.
         tgt_path: The target side, for plain text only.
-        format: Format of the file; `auto` goes by the suffix, and an unknown suffix with `tgt_path` is plain text.
+        format: Format of the file; `auto` goes by the suffix (before .gz), and an unknown suffix with `tgt_path` is
+            plain text.
         src_lang: Source language; in TMX `de` also matches `de-DE`, in any case of letters.
         tgt_lang: Target language, matched as `src_lang` is.
-        msgid_side: Gettext only: the side that msgid is on, `tgt` for German to English from an English program.
+        msgid_side: Gettext only: the side that msgid is on, `tgt` for German to English from an English program;
+            `auto`: as the language in the file's header says, and `tgt` without one.
         malformed: Whether a malformed item stops the reading or is skipped and counted.
+        empty: The same for a pair of which a side is empty.
         max_characters: Longest side in characters; a longer one is malformed.
     """
 
@@ -41,8 +48,9 @@ class CorpusFile:
     format: Format = "auto"
     src_lang: str = "de"
     tgt_lang: str = "en"
-    msgid_side: Side = "tgt"
+    msgid_side: Side = "auto"
     malformed: OnMalformed = "error"
+    empty: OnMalformed = "skip"
     max_characters: int = 5000
 
     def __post_init__(self) -> None:
@@ -51,7 +59,7 @@ class CorpusFile:
             object.__setattr__(self, "tgt_path", Path(self.tgt_path))
         check_one_of(get_args(Format), format=self.format)
         check_one_of(get_args(Side), msgid_side=self.msgid_side)
-        check_one_of(get_args(OnMalformed), malformed=self.malformed)
+        check_one_of(get_args(OnMalformed), malformed=self.malformed, empty=self.empty)
         check_at_least(1, max_characters=self.max_characters)
         self._check_languages()
         self._check_tgt_path()
@@ -65,7 +73,7 @@ class CorpusFile:
         """
         if self.format != "auto":
             return self.format
-        known = _FORMAT_OF_SUFFIX.get(self.path.suffix.lower())
+        known = format_of_suffix(self.path)
         if known is not None:
             return known
         if self.tgt_path is not None:
@@ -96,6 +104,18 @@ class CorpusFile:
             )
         if self.tgt_path == self.path:
             raise ValueError(f"tgt_path is {self.tgt_path}, the same file as path, expected the target side's file")
+
+
+def format_of_suffix(path: Path) -> FileFormat | None:
+    """The format that a file name stands for; None if it says nothing.
+
+    >>> format_of_suffix(Path("memory.tmx.gz"))
+    'tmx'
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    return _FORMAT_OF_SUFFIX.get(suffixes[-1]) if suffixes else None
 
 
 def matches_language(wanted: str, found: str) -> bool:

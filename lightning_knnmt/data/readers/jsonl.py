@@ -8,6 +8,7 @@ from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers.checks import PairChecker
 from lightning_knnmt.data.readers.corpus import CorpusFile
 from lightning_knnmt.data.readers.lines import readable_lines
+from lightning_knnmt.data.readers.opening import open_bytes
 from lightning_knnmt.data.windows import Window
 
 
@@ -20,7 +21,7 @@ def read_jsonl(corpus: CorpusFile, checker: PairChecker) -> Iterator[Pair]:
         corpus: A JSONL corpus.
         checker: Receives the raw sides.
     """
-    with corpus.path.open("rb") as file:
+    with open_bytes(corpus.path, recode=True) as file:
         for where, text in readable_lines(file, corpus.max_characters, checker):
             sides = _parse(text, where, corpus, checker)
             if isinstance(sides, Window):

@@ -1,4 +1,4 @@
-"""Plain text in two files, and tab-separated text in one."""
+"""Plain text in two files."""
 
 from collections.abc import Iterator
 from itertools import zip_longest
@@ -6,7 +6,8 @@ from itertools import zip_longest
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers.checks import PairChecker
 from lightning_knnmt.data.readers.corpus import CorpusFile
-from lightning_knnmt.data.readers.lines import numbered_lines, readable_lines
+from lightning_knnmt.data.readers.lines import numbered_lines
+from lightning_knnmt.data.readers.opening import open_bytes
 
 
 def read_text(corpus: CorpusFile, checker: PairChecker) -> Iterator[Pair]:
@@ -21,7 +22,7 @@ def read_text(corpus: CorpusFile, checker: PairChecker) -> Iterator[Pair]:
     """
     if corpus.tgt_path is None:
         raise ValueError(f"tgt_path is not given, expected the target side of the plain text file {corpus.path}")
-    with corpus.path.open("rb") as src_file, corpus.tgt_path.open("rb") as tgt_file:
+    with open_bytes(corpus.path, recode=True) as src_file, open_bytes(corpus.tgt_path, recode=True) as tgt_file:
         src_lines = numbered_lines(src_file, corpus.max_characters)
         tgt_lines = numbered_lines(tgt_file, corpus.max_characters)
         for matched, (src, tgt) in enumerate(zip_longest(src_lines, tgt_lines)):
@@ -38,23 +39,4 @@ def read_text(corpus: CorpusFile, checker: PairChecker) -> Iterator[Pair]:
             if unreadable is not None:
                 checker.reject(unreadable.where, unreadable.reason, unreadable.found, unreadable.expected)
             elif pair := checker.pair(src.text or "", tgt.text or "", "", src.where, tgt.where):
-                yield pair
-
-
-def read_tsv(corpus: CorpusFile, checker: PairChecker) -> Iterator[Pair]:
-    """Reads the columns src, tgt and optionally document, without quoting.
-
-    Args:
-        corpus: A tab-separated corpus.
-        checker: Receives the raw sides.
-    """
-    expected = "the columns src, tgt and optionally document, separated by tabs"
-    with corpus.path.open("rb") as file:
-        for where, text in readable_lines(file, corpus.max_characters, checker):
-            columns = text.split("\t")
-            if len(columns) < 2:
-                checker.reject(where, "missing column", "1 column", expected)
-            elif len(columns) > 3:
-                checker.reject(where, "extra column", f"{len(columns)} columns", expected)
-            elif pair := checker.pair(columns[0], columns[1], columns[2] if len(columns) == 3 else "", where):
                 yield pair

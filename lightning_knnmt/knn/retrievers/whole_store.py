@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lightning_knnmt.checks import check_at_least
+from lightning_knnmt.checks import check_at_least, check_at_most
 from lightning_knnmt.knn.memory import Memory
 from lightning_knnmt.knn.neighbors import Neighbors
 from lightning_knnmt.knn.retrievers.retriever import Retriever
@@ -10,6 +10,9 @@ from lightning_knnmt.knn.step import Step
 
 if TYPE_CHECKING:
     from lightning_knnmt.backbone.keyed_model import KeyedModel
+
+
+MOST_NEIGHBORS = 1 << 16  # of a row; with more, searching takes the memory of a store
 
 
 class WholeStore(Retriever):
@@ -25,6 +28,7 @@ class WholeStore(Retriever):
 
     def __init__(self, k: int = 16, nprobe: int = 8, rescore: int = 0, ef_search: int | None = None) -> None:
         check_at_least(1, k=k, nprobe=nprobe, ef_search=ef_search)
+        check_at_most(MOST_NEIGHBORS, k=k, rescore=rescore, ef_search=ef_search)
         if rescore != 0 and rescore < k:
             raise ValueError(f"rescore is {rescore}, expected 0, or k = {k} candidates or more")
         self.k, self.nprobe, self.rescore, self.ef_search = k, nprobe, rescore, ef_search
