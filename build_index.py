@@ -82,11 +82,12 @@ def build(
 def _check_before(datastore: DatastoreConfig) -> None:
     """See to it that the corpus is there and that its datastore can go where it is to, before a model is loaded."""
     from lightning_knnmt.checks import check_folder
-    from lightning_knnmt.data.readers import read_pairs
+    from lightning_knnmt.data.readers import ReadReport, read_pairs
 
     if not (datastore.folder / MANIFEST).exists():  # which may be in a folder for reading only
         check_folder(folder=datastore.folder)
-    read_pairs(datastore.corpus)
+    if next(read_pairs(datastore.corpus, ReadReport()), None) is None:
+        raise ValueError(f"path is {datastore.corpus.path}, which has no pairs, expected one or more")
 
 
 def _encode_record(built: "DatastoreBuild", seconds: float) -> dict[str, Any] | None:

@@ -90,8 +90,8 @@ def test_a_malformed_corpus_leaves_the_datastore_that_it_was_to_replace(
     backbone: KeyedModel, config: DatastoreConfig, tmp_path: Path
 ) -> None:
     before = build_datastore(backbone, config).manifest
-    bad = write_corpus(tmp_path / "bad.jsonl", [*PAIRS[:3], Pair("Quelle ohne Ziel", " ")])
-    with pytest.raises(MalformedCorpusError, match="empty target side"):
+    bad = write_corpus(tmp_path / "bad.jsonl", [*PAIRS[:3], Pair("Quelle", "mit \0")])
+    with pytest.raises(MalformedCorpusError, match="NUL byte in the target side"):
         build_datastore(backbone, replace(config, corpus=bad, overwrite=True))
     with Datastore(config.folder) as store:
         assert len(store) == before.entries

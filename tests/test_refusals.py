@@ -1,6 +1,7 @@
 """Wrong options are refused before work begins, in few words, and leave nothing behind."""
 
 from pathlib import Path
+from typing import IO
 
 import pytest
 from script_runs import Domain, expect_error, run
@@ -8,6 +9,9 @@ from script_runs import Domain, expect_error, run
 import build_index
 import evaluate
 import translate
+from lightning_knnmt.storage import lock
+from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.lock import only_writer
 
 
 def build_args(domain: Domain, folder: Path) -> list[object]:
@@ -86,3 +90,22 @@ def test_every_system_and_repeat_is_reported(domain: Domain, tmp_path: Path, cap
 def test_a_wrong_device_is_an_error_in_a_line(domain: Domain, capsys: pytest.CaptureFixture[str]) -> None:
     args = ("--backbone.model", domain.model, "--backbone.device", "xyz")
     expect_error(capsys, translate.translate, *args, expected="device is 'xyz', expected one that is here")
+
+
+def test_a_folder_that_a_lock_made_goes_with_it_and_no_stale_lock_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "store"
+    with only_writer(folder):
+        assert (folder / "writer.lock").exists()
+    assert not folder.exists()
+
+    take = lock._lock
+
+    def take_late(file: IO[bytes], path: Path, shared: bool) -> bool:
+        path.unlink()  # by one who was first, after this one had opened the file
+        return take(file, path, shared)
+
+    monkeypatch.setattr(lock, "_lock", take_late)
+    with pytest.raises(DatastoreError, match="was removed by another process just now"), only_writer(folder):
+        pass

@@ -120,9 +120,6 @@ def build_datastore(model: KeyedModel, config: DatastoreConfig, ranks: Ranks = R
             if ranks.rank == 0 and not Manifest.load(folder, BUILDING).shards:  # there is nothing to continue from
                 (folder / BUILDING).unlink()
             raise
-        if not manifest.pairs:
-            ranks.first(lambda: (folder / BUILDING).unlink())
-            raise MalformedCorpusError(f"path is {config.corpus.path}, which has no pairs ({report}), expected one")
         ranks.first(lambda: finish_building(folder))
         cut_texts = sum(ranks.each(lambda: tokenized.cut))
     if spans is None:

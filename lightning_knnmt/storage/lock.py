@@ -6,7 +6,7 @@ import socket
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -29,10 +29,8 @@ def only_writer(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
     Raises:
         DatastoreError: Another process writes there, or nobody can.
     """
-    made = ranks.rank == 0 and not folder.exists()
+    made = ranks.size == 1 and not folder.exists()
     with ExitStack() as stack:
-        if made:
-            stack.callback(_remove_if_unused, folder)
 
         def enter(shared: bool) -> IO[bytes]:
             file = stack.enter_context(_open(folder))
@@ -41,6 +39,8 @@ def only_writer(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
                 raise DatastoreError(
                     f"{folder} is being written to by {holder}; wait until it has finished, or choose another folder"
                 )
+            if not _is_at(file, folder / LOCK):
+                raise DatastoreError(f"{folder} was removed by another process just now; run the same command again")
             return file
 
         def enter_first() -> None:
@@ -51,6 +51,8 @@ def only_writer(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
             except OSError as error:
                 raise _not_writable(folder, error) from error
             stack.callback(file.truncate, 0)
+            if made:
+                stack.callback(_remove_if_unused, folder)  # while the lock is held
             if ranks.size > 1:
                 _lock(file, folder / LOCK, shared=True)
 
@@ -64,11 +66,20 @@ def only_writer(folder: Path, ranks: Ranks = Ranks()) -> Iterator[None]:
     ranks.each(lambda: None)  # rank 0 may want the folder for itself, which it has when all have left
 
 
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether a path still leads to an open file."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
 def _remove_if_unused(folder: Path) -> None:
     """Remove a folder that nothing was written to, such as that of a build whose corpus was refused."""
     if folder.is_dir() and [path.name for path in folder.iterdir()] == [LOCK]:
-        (folder / LOCK).unlink()
-        folder.rmdir()
+        with suppress(PermissionError):  # Windows keeps what is open
+            (folder / LOCK).unlink()
+            folder.rmdir()
 
 
 def _open(folder: Path) -> IO[bytes]:

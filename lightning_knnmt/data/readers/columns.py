@@ -88,8 +88,13 @@ def _pairs(rows: Iterator[tuple[str, list[str]]], corpus: CorpusFile, checker: P
             reason = "missing column" if len(row) < (columns or 2) else "extra column"
             found = f"{len(row)} column{'' if len(row) == 1 else 's'}"
             checker.reject(where, reason, found, f"{columns} columns as before" if columns else _EXPECTED)
-        elif pair := checker.pair(*(row[column] for column in order), *[""] * (3 - len(order)), where):
+        elif pair := _pair(row, order, where, checker):
             yield pair
+
+
+def _pair(row: list[str], order: list[int], where: str, checker: PairChecker) -> Pair | None:
+    src, tgt, document = [*(row[column] for column in order), ""][:3]
+    return checker.pair(src, tgt, document, where)
 
 
 def _header(row: list[str], corpus: CorpusFile) -> list[int] | None:

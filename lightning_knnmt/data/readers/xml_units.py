@@ -54,8 +54,8 @@ def read_units(
             for event, element in events:
                 if event == "end" and name_of(element) in units:
                     number += 1
-                    line = f":{element.sourceline}" if element.sourceline < _MAX_LINE else ""
-                    yield element, f"{corpus.path}{line} (translation unit {number})"
+                    place = f":{element.sourceline}" if element.sourceline < _MAX_LINE else ""
+                    yield element, f"{corpus.path}{place} (translation unit {number})"
                     _forget(element)
         except etree.XMLSyntaxError as error:
             line, column, problem = _first_problem(events, error)
