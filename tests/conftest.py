@@ -40,7 +40,7 @@ def tiny_backbone(tiny_folder: Path, tiny_family: TinyFamily) -> KeyedModel:
 
 @pytest.fixture(scope="session")
 def marian_folder(tiny_folder_of: Callable[[str], Path]) -> Path:
-    """The folder of a tiny Marian model as init_model.py makes them; read only."""
+    """The folder of a tiny Marian model as benchmarks/scratch_model.py makes them; read only."""
     return tiny_folder_of("marian_scratch")
 
 

@@ -172,7 +172,7 @@ def _raw(out: Path) -> Path:
 
 
 def make_marian_scratch(out: Path) -> None:
-    """The Marian model of init_model.py."""
+    """The Marian model of `benchmarks/scratch_model.py`."""
     shape = ModelShape(vocabulary=120, d_model=24, encoder_layers=2, decoder_layers=2, ffn=32, positions=POSITIONS)
     init_model(GERMAN + ENGLISH, out, shape)
     model = MarianMTModel.from_pretrained(out, tie_word_embeddings=False)  # lively even so small
