@@ -11,7 +11,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from lightning_knnmt.index.memory import DatastoreMemory, open_memory
 from tiny_stores import clumpy_keys, write_store
 
 from lightning_knnmt.building.index import build_index
@@ -19,6 +18,7 @@ from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.manifest import Manifest, ShardInfo
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.faiss_index import read_index
+from lightning_knnmt.memory import DatastoreMemory, open_memory
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import file_sha256
 
