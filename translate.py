@@ -23,6 +23,7 @@ from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings
 from lightning_knnmt.loading import open_translator
 from lightning_knnmt.storage.files import PartialFile, durable_file
+from lightning_knnmt.storage.ranks import Processes, started_processes
 
 
 def translate(
@@ -41,6 +42,7 @@ def translate(
     overwrite: bool = False,
     index_device: Device = "cpu",
     mmap: bool = False,
+    processes: Processes = Processes(),
 ) -> None:
     """Translate UTF-8 text, one sentence a line, with the neighbors of a datastore or with the plain model.
 
@@ -62,11 +64,16 @@ def translate(
         overwrite: Replace a file that is there already.
         index_device: Where the index is searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there if FAISS can.
         mmap: Leave the index's entries on the disk, for an index that is larger than memory.
+        processes: Processes that share the sentences and search together, each with its part of an index that was
+            built with `layout: shards`; the first reads and writes.
     """
     check_at_least(1, block=block)
     check_at_least(0, explain=explain)
     if explain and datastore is None:
         raise ValueError(f"explain is {explain}, which shows stored contexts, but no datastore is given; give one too")
+    several = processes.devices * processes.num_nodes > 1 or started_processes()[1] > 1
+    if explain and several:
+        raise ValueError(f"explain is {explain}, which one process does alone, but processes is {processes}")
     if "-" not in (input, output) and Path(output).exists() and Path(output).samefile(input):
         raise ValueError(f"output is {output}, the same file as input; give another")
     to_file = output != "-" and not _is_device(Path(output))
@@ -79,20 +86,24 @@ def translate(
         )
     if input != "-" and not Path(input).exists():
         raise FileNotFoundError(f"input is {input}, which does not exist, expected a text file")
-    translator = open_translator(
-        backbone, datastore, index, knn, retriever, combiner, gate, decoding, index_device, mmap
-    )
     with ExitStack() as stack:
+        start = (lambda model: stack.enter_context(processes.start(model))) if several else None
+        translator = open_translator(
+            backbone, datastore, index, knn, retriever, combiner, gate, decoding, index_device, mmap, start
+        )
         source: BinaryIO = sys.stdin.buffer if input == "-" else stack.enter_context(open_bytes(Path(input), True))
         out: Any = sys.stdout.buffer
-        if output != "-":
+        if output != "-" and translator.ranks.rank == 0:
             path = Path(output)
             out = stack.enter_context(durable_file(path, keep=True) if to_file else path.open("wb"))
         lines = decoded(source, "standard input" if input == "-" else input)
-        while rows := list(itertools.islice(lines, 1 if input == "-" and source.isatty() else block)):
+        at_once = 1 if input == "-" and source.isatty() else block
+        while rows := translator.ranks.first(lambda: list(itertools.islice(lines, at_once))):
             for line in _explained(rows, translator, explain) if explain else _translated(rows, translator):
-                out.write(line.encode() + b"\n")
-            out.flush()
+                if translator.ranks.rank == 0:
+                    out.write(line.encode() + b"\n")
+            if translator.ranks.rank == 0:
+                out.flush()
             if isinstance(out, PartialFile):
                 out.check()
 

@@ -1,11 +1,14 @@
 """A translator from a configuration, such as the translate.yaml that evaluate.py writes."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from lightning_knnmt.backbone.config import BackboneConfig
+from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.decoding.together import SharedTranslator
 from lightning_knnmt.index.config import Device
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
@@ -13,6 +16,7 @@ from lightning_knnmt.knn.mixture import PlainModel
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.memory import open_memory
+from lightning_knnmt.storage.ranks import Ranks
 
 
 def open_translator(
@@ -26,7 +30,8 @@ def open_translator(
     decoding: Decoding = Decoding(),
     index_device: Device = "cpu",
     mmap: bool = False,
-) -> Translator:
+    start: Callable[[KeyedModel], Ranks] | None = None,
+) -> SharedTranslator:
     """Load a model, open its datastore, and put them together; the datastore stays open as long as the translator is.
 
     Args:
@@ -40,13 +45,18 @@ def open_translator(
         decoding: Beam size, batch size and length.
         index_device: Where the index is searched.
         mmap: Leave the index's entries on the disk.
+        start: Starts the processes that share the sentences and the index; None: this one alone.
     """
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
-    if datastore is None:
-        return Translator(backbone.load(), PlainModel(), decoding)
-    memory = open_memory(datastore, index, mmap, index_device)
+    memory = None
+    if datastore is not None and start is None:
+        memory = open_memory(datastore, index, mmap, index_device)  # what is wrong with it is said before a model loads
     model = backbone.load()
-    return Translator(model, chosen.open(model, memory), decoding)
+    ranks = Ranks() if start is None else start(model)
+    if datastore is not None and memory is None:
+        memory = open_memory(datastore, index, mmap, index_device, ranks)
+    mixture = PlainModel() if memory is None else chosen.open(model, memory)
+    return SharedTranslator(model, mixture, decoding, ranks, memory)
 
 
 def load_translator(path: Path | str) -> Translator:
@@ -63,7 +73,7 @@ def load_translator(path: Path | str) -> Translator:
     if not Path(path).is_file():
         raise FileNotFoundError(f"path is {path}, which is no file; expected a configuration such as translate.yaml")
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_function_arguments(open_translator)
+    parser.add_function_arguments(open_translator, skip={"start"})
     try:
         options = parser.instantiate_classes(parser.parse_path(str(path)))
     except Exception as error:

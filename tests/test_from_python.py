@@ -150,7 +150,7 @@ def test_mapped_indexes_and_ef_search_are_options_of_translate(
         run(build_index.build, "--config", domain.root / "build.yaml", *where, *options)
     (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in domain.sources("test")), encoding="utf-8")
     config = ("--config", domain.root / "out" / "translate.yaml", "--datastore", tmp_path / "store")
-    config += ("--input", tmp_path / "in.txt", "--output", tmp_path / "out.txt")
+    config += ("--input", tmp_path / "in.txt", "--output", tmp_path / "out.txt", "--overwrite", "true")
     texts = []
     for options in (
         ("--index", "flat"), ("--index", "flat", "--mmap", "true"), ("--index", "graph", "--knn.ef_search", "500"),
@@ -187,12 +187,35 @@ run_script(evaluate.evaluate)
 """
 
 
+def store_in_parts(domain: Domain, folder: Path) -> Path:
+    """A copy of the domain's store whose index `shards` has several parts."""
+    shutil.copytree(domain.root / "store", folder)
+    options = ("--index.name", "shards", "--index.layout", "shards", "--index.part_entries", "150")
+    run(build_index.build, "--config", domain.root / "build.yaml", "--datastore.folder", folder, *options)
+    return folder
+
+
+@pytest.mark.slow
+def test_two_processes_translate_what_one_does(
+    domain: Domain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ("--config", domain.root / "out" / "translate.yaml", "--index", "shards", "--block", "3")
+    config += ("--datastore", store_in_parts(domain, tmp_path / "store"))
+    lines = domain.sources("test")
+    text = "".join(f"{line}\n" for line in [*lines[:2], "", *lines[2:]]).encode()
+    command = [sys.executable, str(ROOT / "translate.py"), *map(str, config), "--processes.devices"]
+    alone, together = (
+        subprocess.run([*command, devices], cwd=tmp_path, input=text, check=True, timeout=600, capture_output=True)
+        for devices in ("1", "2")
+    )
+    assert together.stdout == alone.stdout and alone.stdout.count(b"\n") == len(lines) + 1
+    expected = "explain is 3, which one process does alone"
+    expect_error(capsys, translate.translate, *config, "--explain", "3", "--processes.devices", "2", expected=expected)
+
+
 @pytest.mark.slow
 def test_two_processes_evaluate_what_one_does(domain: Domain, tmp_path: Path) -> None:
-    store, runs = tmp_path / "store", []
-    shutil.copytree(domain.root / "store", store)
-    options = ("--index.name", "shards", "--index.layout", "shards", "--index.part_entries", "150")
-    run(build_index.build, "--config", domain.root / "build.yaml", "--datastore.folder", store, *options)
+    store, runs = store_in_parts(domain, tmp_path / "store"), []
     (tmp_path / "evaluate.py").write_text(EVALUATE.format(root=str(ROOT)), encoding="utf-8")
     for devices in ("1", "2"):
         where = tmp_path / devices

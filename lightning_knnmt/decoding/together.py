@@ -20,7 +20,7 @@ class SharedTranslator(Translator):
         mixture: What is mixed into its prediction.
         decoding: Beam size, batch size and length.
         ranks: This process's place among those that call `translate` with the same sentences.
-        memory: What the mixture searches, together with the other processes.
+        memory: What the mixture searches, together with the other processes; None: the plain model.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class SharedTranslator(Translator):
         mixture: Mixture | PlainModel,
         decoding: Decoding,
         ranks: Ranks,
-        memory: DatastoreMemory,
+        memory: DatastoreMemory | None = None,
     ) -> None:
         super().__init__(model, mixture, decoding)
         self.ranks, self.memory = ranks, memory
@@ -40,7 +40,7 @@ class SharedTranslator(Translator):
         if self.ranks.size == 1:
             return super().translate(sources)
         own = super().translate(list(sources)[self.ranks.rank :: self.ranks.size])
-        if isinstance(self.memory.index, DistributedIndex):
+        if self.memory is not None and isinstance(self.memory.index, DistributedIndex):
             self.memory.index.finish()  # the others may still have queries
         shares = self.ranks.each(lambda: own)
         texts = [""] * len(sources)
