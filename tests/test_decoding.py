@@ -352,6 +352,7 @@ def test_decoding_on_the_gpu_is_decoding_on_the_cpu(
         ({"options": {"num_beams": 2}}, "options has num_beams: 2, expected it in beams"),
         ({"options": {"num_return_sequences": 2}}, "num_return_sequences: 2, expected one translation of each source"),
         ({"options": {"return_dict_in_generate": True}}, "return_dict_in_generate: True, expected options that return"),
+        ({"options": {"length_penalty": "x"}}, "options has length_penalty: 'x', expected a number"),
         ({"options": {"prompt_lookup_num_tokens": 3}}, "prompt_lookup_num_tokens: 3, expected one token at a time"),
     ],
 )

@@ -46,6 +46,10 @@ _UNFIT_OPTIONS = {
     "assistant_model": "expected one token at a time, since each needs its own neighbors",
     "prompt_lookup_num_tokens": "expected one token at a time, since each needs its own neighbors",
 }
+_NUMBERS = (
+    "length_penalty", "min_length", "min_new_tokens", "no_repeat_ngram_size", "repetition_penalty", "temperature",
+    "top_k", "top_p",
+)  # fmt: skip
 
 
 Loop = Literal["own", "generate"]
@@ -76,6 +80,10 @@ class Decoding:
         for name, advice in _UNFIT_OPTIONS.items():
             if self.options.get(name):
                 raise ValueError(f"options has {name}: {self.options[name]!r}, {advice}")
+        for name in _NUMBERS:
+            value = self.options.get(name)
+            if value is not None and type(value) not in (int, float):
+                raise ValueError(f"options has {name}: {value!r}, expected a number")
 
 
 class Translator:
