@@ -5,14 +5,15 @@ import logging
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning_knnmt.backbone.firefox.importing import RECORD, record_of, write_folder
-from lightning_knnmt.backbone.firefox.model_card import Provenance
-from lightning_knnmt.backbone.firefox.shipped_files import ShippedFiles
 from lightning_knnmt.checks import check_folder
 from lightning_knnmt.cli import run_script
 from lightning_knnmt.data.model_wheel import ModelWheel
+
+if TYPE_CHECKING:
+    from lightning_knnmt.backbone.firefox.model_card import Provenance
+    from lightning_knnmt.backbone.firefox.shipped_files import ShippedFiles
 
 log = logging.getLogger("lightning_knnmt.import_model")
 
@@ -49,6 +50,11 @@ def import_model(
     if positions < 2:
         raise ValueError(f"positions is {positions}, expected 2 or more")
     check_folder(out=out)
+    # these load transformers, which --help and the checks above need not wait for
+    from lightning_knnmt.backbone.firefox.importing import record_of
+    from lightning_knnmt.backbone.firefox.model_card import Provenance
+    from lightning_knnmt.backbone.firefox.shipped_files import ShippedFiles
+
     if overwrite and out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
         raise ValueError(f"out is {out}, which holds no model, expected a new folder or one with a model to replace")
     with tempfile.TemporaryDirectory() as unpacked:
@@ -72,14 +78,18 @@ def import_model(
 
 def _holds(out: Path, record: dict[str, Any]) -> bool:
     """Whether the folder was written by an equal import."""
+    from lightning_knnmt.backbone.firefox.importing import RECORD
+
     try:
         return bool(json.loads((out / RECORD).read_text(encoding="utf-8")) == record)
     except (OSError, ValueError):
         return False
 
 
-def _write_whole(files: ShippedFiles, provenance: Provenance, out: Path, positions: int) -> None:
+def _write_whole(files: "ShippedFiles", provenance: "Provenance", out: Path, positions: int) -> None:
     """Write the folder beside and rename it into place, so that `out` is whole or as it was."""
+    from lightning_knnmt.backbone.firefox.importing import write_folder
+
     partial, old = (out.with_name(out.name + end) for end in (_PARTIAL, _OLD))
     out.parent.mkdir(parents=True, exist_ok=True)
     if old.exists() and not out.exists():  # stopped between the two renames

@@ -164,7 +164,7 @@ def write_and_wait(files, provenance, out, positions):
     write(files, provenance, out, positions)
     print(sorted(path.name for path in out.parent.iterdir()), flush=True)
     time.sleep(60)
-import_model.write_folder = write_and_wait
+importing.write_folder = write_and_wait
 import_model.import_model(Path(sys.argv[2]), folder=Path(sys.argv[1]))
 """
 

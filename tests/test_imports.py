@@ -88,12 +88,12 @@ def loaded_after(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
-def script(*args: str) -> str:
+def script(*args: str, name: str = "build_index.py") -> str:
     return (
         "import runpy, sys\n"
-        f"sys.argv = ['build_index.py', *{args!r}]\n"
+        f"sys.argv = [{name!r}, *{args!r}]\n"
         "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
-        "    runpy.run_path('build_index.py', run_name='__main__')"
+        f"    runpy.run_path({name!r}, run_name='__main__')"
     )
 
 
@@ -104,6 +104,10 @@ def script(*args: str) -> str:
 )  # fmt: skip
 def test_help_loads_neither_models_nor_faiss(args: tuple[str, ...]) -> None:
     assert not loaded_after(script(*args)) & {"torch", "transformers", "faiss", "lightning"}
+
+
+def test_help_of_an_import_loads_no_models() -> None:
+    assert not loaded_after(script("--help", name="import_model.py")) & {"torch", "transformers", "faiss", "lightning"}
 
 
 def test_verify_and_remove_load_neither_models_nor_faiss(tmp_path: Path) -> None:
