@@ -312,6 +312,7 @@ def tune(
     pairs: Sequence[Pair],
     grid: Grid = Grid(),
     decoding: Decoding = Decoding(),
+    plain_bleu: float | None = None,
 ) -> Tuning:
     """Choose the options of a mixture on a validation split.
 
@@ -325,6 +326,7 @@ def tune(
         pairs: The validation split; never the test split.
         grid: The values to choose from.
         decoding: How finalists are decoded.
+        plain_bleu: The plain model's BLEU, where it is known; None: it is decoded, too.
 
     Returns:
         The chosen mixture and what it was compared with.
@@ -336,7 +338,8 @@ def tune(
         raise ValueError("the validation split is empty, expected one pair or more to tune on")
     candidates, plain, tokens = likelihoods(model, memory, mixture, pairs, grid)
     best = max(candidate.log_likelihood for candidate in candidates)
-    plain_bleu = _bleu(Translator(model, PlainModel(), decoding), pairs)
+    if plain_bleu is None:
+        plain_bleu = _bleu(Translator(model, PlainModel(), decoding), pairs)
     log.info("plain model: log-likelihood %.3f, BLEU %.2f", plain, plain_bleu)
     finalists = []
     for candidate in shortlist(candidates, best - grid.nprobe_tolerance)[: grid.finalists]:
