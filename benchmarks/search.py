@@ -45,13 +45,14 @@ from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.comparison import run_systems
 from lightning_knnmt.evaluation.report import BUILD_FILE, read_build, system_json
-from lightning_knnmt.evaluation.tuning import Grid, likelihoods, reference_steps
+from lightning_knnmt.evaluation.tuning import Grid, likelihoods
 from lightning_knnmt.index.config import IndexConfig, Layout
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.combiners.fixed import FixedCombiner
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
 from lightning_knnmt.knn.neighbors import Neighbors
 from lightning_knnmt.knn.probability import knn_log_weights
+from lightning_knnmt.knn.reference import reference_steps
 from lightning_knnmt.knn.retrievers.whole_store import WholeStore
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.memory import DatastoreMemory

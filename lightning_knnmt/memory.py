@@ -94,8 +94,24 @@ class DatastoreMemory:
         if rescore:
             distances, ids = rescored(rows, ids, self._keys, k)
         entries = torch.from_numpy(ids)
-        values = self._values[entries.clamp(min=0)].long().masked_fill_(entries < 0, 0)
-        return Neighbors(torch.from_numpy(distances), values, entries).to(queries.device)
+        return Neighbors(torch.from_numpy(distances), self.values_of(entries), entries).to(queries.device)
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the datastore's manifest: another after an append, the same after a removal."""
+        return self.datastore.fingerprint
+
+    def keys_of(self, ids: Tensor) -> Tensor:
+        """Keys of some entries of shape (…), shape (…, D), float32, on the ids' device; 0 where there is none."""
+        found = (ids >= 0).flatten().cpu()
+        keys = torch.zeros(len(found), self.key_size)
+        keys[found] = torch.from_numpy(self._keys.rows(ids.flatten().cpu()[found].numpy())).float()
+        return keys.view(*ids.shape, self.key_size).to(ids.device)
+
+    def values_of(self, ids: Tensor) -> Tensor:
+        """Target-token ids of some entries of shape (…), on their device; 0 where there is none."""
+        entries = ids.cpu()
+        return self._values[entries.clamp(min=0)].long().masked_fill_(entries < 0, 0).to(ids.device)
 
     @cached_property
     def _values(self) -> Tensor:

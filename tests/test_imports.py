@@ -19,11 +19,11 @@ MAY_IMPORT = {
     "dispersion": set(),
     "backbone": {"data"},
     "datastore": {"storage", "data", "backbone"},
-    "knn": {"data", "backbone"},
+    "knn": {"data", "backbone", "storage"},
     "index": {"storage", "datastore"},
     "memory": {"storage", "data", "datastore", "index", "knn"},
     "building": {"storage", "data", "backbone", "datastore", "index", "knn", "memory"},
-    "training": {"data", "backbone", "dispersion", "index"},
+    "training": {"data", "backbone", "dispersion", "index", "storage", "datastore", "knn", "memory"},
     "decoding": {"data", "backbone", "knn", "memory", "index", "storage"},
     "evaluation": {
         "storage",

@@ -23,17 +23,16 @@ from lightning_knnmt.evaluation.scores import corpus_scores
 from lightning_knnmt.evaluation.tuning import (
     Candidate,
     Grid,
-    ReferenceStep,
     check_apart,
     count_stored,
     default_temperatures,
     likelihoods,
-    reference_steps,
     tune,
 )
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.neighbors import Neighbors
+from lightning_knnmt.knn.reference import ReferenceStep, reference_steps
 from lightning_knnmt.knn.retrievers.whole_store import WholeStore
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.knn.step import Step

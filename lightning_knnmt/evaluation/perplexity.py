@@ -12,9 +12,10 @@ from torch import Tensor
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.evaluation.report import table
-from lightning_knnmt.evaluation.tuning import Candidate, Grid, likelihoods, reference_steps, shortlist, warn_of_edges
+from lightning_knnmt.evaluation.tuning import Candidate, Grid, likelihoods, shortlist, warn_of_edges
 from lightning_knnmt.knn.memory import Memory
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
+from lightning_knnmt.knn.reference import reference_steps
 from lightning_knnmt.knn.settings import MixtureConfig
 from lightning_knnmt.knn.step import Step
 from lightning_knnmt.timing import Spans

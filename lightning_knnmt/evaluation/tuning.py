@@ -3,17 +3,15 @@
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_knnmt.backbone.batch import Batch, collate
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.checks import check_at_least, check_number
-from lightning_knnmt.data.batching import token_budget_batches
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.data.splits import source_key
@@ -21,8 +19,8 @@ from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.scores import corpus_scores
 from lightning_knnmt.knn.memory import Memory
 from lightning_knnmt.knn.mixture import PlainModel
+from lightning_knnmt.knn.reference import reference_steps
 from lightning_knnmt.knn.settings import MixtureConfig
-from lightning_knnmt.knn.step import Step
 
 log = logging.getLogger(__name__)
 
@@ -178,37 +176,6 @@ def count_stored(memory: Memory, splits: Mapping[str, Sequence[Pair]]) -> dict[s
                 count, len(splits[name]), name,
             )  # fmt: skip
     return counts
-
-
-@dataclass(frozen=True)
-class ReferenceStep:
-    """A teacher-forced batch of references.
-
-    Attributes:
-        batch: Its sentences.
-        step: Its R reference tokens' states and logits; a first token that decoding forces is left out.
-        tokens: The references' tokens, shape (R,).
-    """
-
-    batch: Batch
-    step: Step
-    tokens: Tensor
-
-
-@torch.inference_mode()
-def reference_steps(model: KeyedModel, pairs: Sequence[Pair], max_tokens: int) -> Iterator[ReferenceStep]:
-    """Teacher-forced passes over the references of some pairs, one batch at a time."""
-    pairs = list(model.split_pairs(pairs))
-    ids = model.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])
-    lengths = [max(len(src), len(tgt)) for src, tgt in zip(ids.src, ids.tgt, strict=True)]
-    for numbers in token_budget_batches(lengths, max_tokens):
-        batch = collate([ids.src[n] for n in numbers], [ids.tgt[n] for n in numbers], model.pad_id).to(model.device)
-        keys, logits = model.keys_and_logits(batch)
-        mask = batch.target_mask
-        if model.forced_id is not None:
-            mask[:, 0] = False
-        sentence = mask.nonzero()[:, 0]  # [row -> sentence]
-        yield ReferenceStep(batch, Step(keys[mask].float(), logits[mask].float(), sentence), batch.target_labels[mask])
 
 
 @torch.inference_mode()

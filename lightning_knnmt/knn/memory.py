@@ -1,6 +1,8 @@
 """What neighbors are searched in: the interface, and a memory that lives in RAM."""
 
+import hashlib
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -53,6 +55,26 @@ class Memory(Protocol):
             rescore: Candidates whose distances the stored keys decide exactly, k or more; 0: the index decides.
             ef_search: Nodes that a search through an HNSW graph keeps in view; None: as the index was built.
         """
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these keys and values from others, in hexadecimal digits."""
+        ...
+
+    def keys_of(self, ids: Tensor) -> Tensor:
+        """Keys of some entries, float32, on the ids' device; 0 where there is none.
+
+        Args:
+            ids: Entry numbers of any shape (…), −1 where there is none.
+
+        Returns:
+            Shape (…, D).
+        """
+        ...
+
+    def values_of(self, ids: Tensor) -> Tensor:
+        """Target-token ids of some entries, int64; shapes and −1 as in `keys_of`."""
         ...
 
     def context(self, entry: int) -> StoredContext:
@@ -144,6 +166,24 @@ class RamMemory:
                 ids[rows, :nearest] = entries.gather(1, order)[:, :nearest]
             values[:, :nearest] = self.values[ids[:, :nearest]].long()
         return Neighbors(distances, values, ids).to(device)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of keys and values."""
+        digest = hashlib.sha256()
+        for part in (self.keys.float(), self.values.long()):
+            digest.update(part.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def keys_of(self, ids: Tensor) -> Tensor:
+        """Keys of some entries of shape (…), shape (…, D), float32, on the ids' device; 0 where there is none."""
+        keys = self.keys[ids.clamp(min=0).to(self.keys.device)].float().to(ids.device)
+        return keys * (ids >= 0)[..., None]
+
+    def values_of(self, ids: Tensor) -> Tensor:
+        """Target-token ids of some entries of shape (…), on their device; 0 where there is none."""
+        values = self.values[ids.clamp(min=0).to(self.values.device)].long().to(ids.device)
+        return values * (ids >= 0)
 
     def context(self, entry: int) -> StoredContext:
         """The sentence pair that an entry comes from, and its position.
