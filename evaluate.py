@@ -21,6 +21,7 @@ from lightning_knnmt.decoding.together import SharedTranslator
 from lightning_knnmt.evaluation.comet import CometScorer, CometUnavailableError
 from lightning_knnmt.evaluation.comparison import Contender, SystemResult, run_systems
 from lightning_knnmt.evaluation.explanation import explain, explanation_lines
+from lightning_knnmt.evaluation.online import OnlineTranslator
 from lightning_knnmt.evaluation.plots import plot_list_sizes
 from lightning_knnmt.evaluation.report import (
     environment,
@@ -38,8 +39,10 @@ from lightning_knnmt.index.opening import load_index
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
 from lightning_knnmt.knn.mixture import PlainModel
+from lightning_knnmt.knn.pair_memory import PairMemory
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
+from lightning_knnmt.loading import check_memory
 from lightning_knnmt.memory import DatastoreMemory, open_memory
 from lightning_knnmt.storage.files import file_sha256, write_json, write_text
 from lightning_knnmt.storage.ranks import Processes, Ranks
@@ -53,7 +56,7 @@ class System:
     """A model with a memory of its own, and how neighbors are mixed in."""
 
     model: KeyedModel
-    memory: DatastoreMemory
+    memory: DatastoreMemory | PairMemory
     index: str
     mixture: MixtureConfig
     tuning: Tuning | None = None
@@ -61,9 +64,9 @@ class System:
 
 def evaluate(
     backbone: BackboneConfig,
-    datastore: Path,
     test: CorpusFile,
     out: Path,
+    datastore: Path | None = None,
     index: str = "index",
     knn: KnnSettings = KnnSettings(),
     retriever: Retriever | None = None,
@@ -79,15 +82,17 @@ def evaluate(
     examples: int = 3,
     index_device: Device = "cpu",
     mmap: bool = False,
+    translation_memory: CorpusFile | None = None,
+    online: bool = False,
     processes: Processes = Processes(),
 ) -> None:
     """Translate a test split with the plain model and with kNN, and report quality and speed of both.
 
     Args:
         backbone: The model, such as --backbone.model data/models/firefox-en-pt, and how it is loaded.
-        datastore: Folder of a datastore built from that model.
         test: The test split.
         out: Folder for results.json, results.md, translate.yaml and cluster_sizes.png.
+        datastore: Folder of a datastore built from that model.
         index: Name of the datastore's index.
         knn: The usual search and mixture, where no class is chosen below; what is tuned replaces it.
         retriever: Where neighbors come from, by class_path and init_args.
@@ -104,6 +109,9 @@ def evaluate(
         examples: How many of the translations that kNN improves most are shown with their neighbors.
         index_device: Where indexes are searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there where FAISS can.
         mmap: Leave the entries of indexes on the disk, for those that are larger than memory.
+        translation_memory: Pairs as they stand, for a retriever that needs no stored keys; in place of a datastore.
+        online: Compare with a third system, knn_online, which learns the reference of every sentence after translating
+            it, one sentence at a time; with a translation memory only.
         processes: Processes that share the sentences and search together, each with its part of an index that was
             built with `layout: shards`.
     """
@@ -112,6 +120,9 @@ def evaluate(
     check_folder(out=out)
     refuse_existing(overwrite, out=out / "results.json")
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
+    check_memory(datastore, translation_memory, retriever)
+    _check_systems(datastore, translation_memory, others, online, processes)
+    stored_pairs = None if translation_memory is None else list(read_pairs(translation_memory))
     pairs = list(read_pairs(test))
     validation = [] if tuning is None else list(read_pairs(tuning.validation))
     check_apart(validation, pairs)
@@ -125,7 +136,11 @@ def evaluate(
         ranks = stack.enter_context(processes.start(models["knn"]))
         systems: dict[str, System] = {}
         for name, (_, folder, index_name) in contenders.items():
-            memory = stack.enter_context(open_memory(folder, index_name, mmap, index_device, ranks))
+            memory: DatastoreMemory | PairMemory
+            if folder is None:
+                memory = PairMemory(models[name], stored_pairs or [])
+            else:
+                memory = stack.enter_context(open_memory(folder, index_name, mmap, index_device, ranks))
             memory.check(models[name])
             systems[name] = System(models[name].to(models["knn"].device), memory, index_name, chosen)
         stored = count_stored(systems["knn"].memory, {"test": pairs, "validation": validation})
@@ -134,7 +149,7 @@ def evaluate(
                 tuned = tune(system.model, system.memory, chosen, validation, tuning.grid, decoding)
                 systems[name] = replace(system, mixture=tuned.best, tuning=tuned)
         log.info("chosen: %s", "; ".join(f"{name} {system.mixture}" for name, system in systems.items()))
-        results = run_systems(_translators(systems, decoding, ranks), pairs, repeats, seed)
+        results = run_systems(_translators(systems, decoding, ranks, pairs if online else []), pairs, repeats, seed)
         if ranks.rank > 0:
             return
         peak_memory = peak_memory_mb()
@@ -163,24 +178,31 @@ def evaluate(
                 "test": _split_json(test, pairs),
                 "validation": None if tuning is None else _split_json(tuning.validation, validation),
                 "model": asdict(Provenance.of(first.model)) | {"dtype": first.model.dtype},
-                "datastore": {"folder": datastore, "index": index, "index_device": first.memory.index.device}
-                | asdict(first.memory.datastore.manifest),
+                "datastore": _datastore_json(first),
+                "translation_memory": None
+                if translation_memory is None
+                else _split_json(translation_memory, stored_pairs or []),
                 "sources_in_datastore": stored,
                 **environment(first.model.device),
             },
             "cut_texts": results["base"].cut,
             "peak_memory_mb": peak_memory,
         }
-        table = markdown_table(results, significance, {name: system.memory.report for name, system in systems.items()})
+        on_disk = {
+            name: system.memory for name, system in systems.items() if isinstance(system.memory, DatastoreMemory)
+        }
+        reports = {name: memory.report for name, memory in on_disk.items()}
+        table = markdown_table(results, significance, reports)
         note = "" if comet is None or no_comet is None else f"\n\nNo COMET scores: {no_comet}"
         write_json(out / "results.json", content)
         text = f"{table}\n\n{settings_line(content)}\n\n{systems_lines(content)}{note}\n"
         write_text(out / "results.md", text)
-        write_text(out / "translate.yaml", translate_config(backbone, datastore, index, first.mixture, decoding) + "\n")
+        searched = translation_memory if datastore is None else datastore
+        write_text(out / "translate.yaml", translate_config(backbone, searched, index, first.mixture, decoding) + "\n")
         lists = {
             f"{name}: {details[name]['index']['factory']}": sizes
-            for name, system in systems.items()
-            if (sizes := load_index(system.memory.datastore, system.index, mmap).list_sizes()) is not None
+            for name, memory in on_disk.items()
+            if (sizes := load_index(memory.datastore, systems[name].index, mmap).list_sizes()) is not None
         }
         if lists:
             plot_list_sizes(lists, out / "cluster_sizes.png")
@@ -188,28 +210,65 @@ def evaluate(
     log.info("\n%s\n\n%s\n\nwritten to %s", table, settings_line(content) + note, out / "results.json")
 
 
-def _translators(systems: dict[str, System], decoding: Decoding, ranks: Ranks) -> dict[str, Translator]:
-    """Each system's plain model and its mixture, the first plain model by the name `base`."""
-    translators: dict[str, Translator] = {}
+def _check_systems(
+    datastore: Path | None,
+    translation_memory: CorpusFile | None,
+    others: dict[str, Contender] | None,
+    online: bool,
+    processes: Processes,
+) -> None:
+    """Refuse systems that cannot be compared, before anything is loaded."""
+    if datastore is None and translation_memory is None:
+        raise ValueError("datastore is missing, expected the folder of one, or a translation_memory")
+    if datastore is None and others:
+        raise ValueError(f"others is {', '.join(others)} with datastores, expected none beside a translation_memory")
+    if online and translation_memory is None:
+        raise ValueError("online is true, expected a translation_memory, to which a pair can be added at any time")
+    if online and processes.devices * processes.num_nodes > 1:
+        raise ValueError(f"processes is {processes}, expected one for online: true, which goes sentence by sentence")
+
+
+def _translators(
+    systems: dict[str, System], decoding: Decoding, ranks: Ranks, learned: Sequence[Pair]
+) -> dict[str, Translator | OnlineTranslator]:
+    """Each system's plain model and its mixture, the first plain model by the name `base`; one that learns pairs."""
+    translators: dict[str, Translator | OnlineTranslator] = {}
     for name, system in systems.items():
         plain = "base" if name == "knn" else name.removeprefix("knn_")
+        shared = system.memory if isinstance(system.memory, DatastoreMemory) else None
         for label, mixture in ((plain, PlainModel()), (name, system.mixture.open(system.model, system.memory))):
-            translators[label] = SharedTranslator(system.model, mixture, decoding, ranks, system.memory)
+            translators[label] = SharedTranslator(system.model, mixture, decoding, ranks, shared)
+        if learned and isinstance(system.memory, PairMemory):
+            again = Translator(system.model, system.mixture.open(system.model, system.memory), decoding)
+            translators[f"{name}_online"] = OnlineTranslator(again, system.memory, learned)
     return translators
 
 
 def _system_details(system: System) -> dict[str, Any]:
     """What a system with neighbors searches, and how it was chosen."""
-    build = read_build(system.memory.datastore.folder)
-    settings, report = system.mixture.settings, system.memory.report
-    assert report is not None
-    return {
+    settings = system.mixture.settings
+    details = {
         "knn": None if settings is None else asdict(settings),
         "mixture": {name: part.configuration for name, part in zip(MIXTURE, system.mixture.parts, strict=True)},
-        "index": asdict(report),
-        "build": {"encode": build["encode"], "index": build["indexes"].get(system.index)},
+        "index": None,
+        "build": None,
         "tuning": None if system.tuning is None else system.tuning.to_json(),
     }
+    if isinstance(system.memory, DatastoreMemory):
+        build, report = read_build(system.memory.datastore.folder), system.memory.report
+        assert report is not None
+        details["index"] = asdict(report)
+        details["build"] = {"encode": build["encode"], "index": build["indexes"].get(system.index)}
+    return details
+
+
+def _datastore_json(system: System) -> dict[str, Any] | None:
+    """The datastore of a system; None if it has a translation memory."""
+    if not isinstance(system.memory, DatastoreMemory):
+        return None
+    store = system.memory.datastore
+    where = {"folder": store.folder, "index": system.index, "index_device": system.memory.index.device}
+    return where | asdict(store.manifest)
 
 
 MIXTURE = ("retriever", "combiner", "gate")
@@ -256,13 +315,16 @@ def _most_improved(results: dict[str, SystemResult], references: list[str]) -> l
 
 
 def translate_config(
-    backbone: BackboneConfig, datastore: Path, index: str, mixture: MixtureConfig, decoding: Decoding
+    backbone: BackboneConfig, searched: Path | CorpusFile | None, index: str, mixture: MixtureConfig, decoding: Decoding
 ) -> str:
     """A configuration with which `translate.py` uses the same settings; the device is chosen anew."""
+    memory: dict[str, Any] = {"datastore": str(searched), "index": index}
+    if isinstance(searched, CorpusFile):
+        corpus = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(searched).items()}
+        memory = {"translation_memory": corpus}
     config = {
         "backbone": {name: value for name, value in asdict(backbone).items() if name != "device"},
-        "datastore": str(datastore),
-        "index": index,
+        **memory,
         **mixture.configuration,
         "decoding": asdict(decoding),
     }

@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.checks import check_at_least, check_folder, refuse_existing
 from lightning_knnmt.cli import run_script
+from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.data.readers.corpus import format_of_suffix
 from lightning_knnmt.data.readers.opening import open_bytes
 from lightning_knnmt.decoding import Decoding, Translator
@@ -42,6 +43,7 @@ def translate(
     overwrite: bool = False,
     index_device: Device = "cpu",
     mmap: bool = False,
+    translation_memory: CorpusFile | None = None,
     processes: Processes = Processes(),
 ) -> None:
     """Translate UTF-8 text, one sentence a line, with the neighbors of a datastore or with the plain model.
@@ -64,12 +66,13 @@ def translate(
         overwrite: Replace a file that is there already.
         index_device: Where the index is searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there if FAISS can.
         mmap: Leave the index's entries on the disk, for an index that is larger than memory.
+        translation_memory: Pairs as they stand, for a retriever that needs no stored keys; in place of a datastore.
         processes: Processes that share the sentences and search together, each with its part of an index that was
             built with `layout: shards`; the first reads and writes.
     """
     check_at_least(1, block=block)
     check_at_least(0, explain=explain)
-    if explain and datastore is None:
+    if explain and datastore is None and translation_memory is None:
         raise ValueError(f"explain is {explain}, which shows stored contexts, but no datastore is given; give one too")
     several = processes.devices * processes.num_nodes > 1 or started_processes()[1] > 1
     if explain and several:
@@ -89,8 +92,9 @@ def translate(
     with ExitStack() as stack:
         start = (lambda model: stack.enter_context(processes.start(model))) if several else None
         translator = open_translator(
-            backbone, datastore, index, knn, retriever, combiner, gate, decoding, index_device, mmap, start
-        )
+            backbone, datastore, index, knn, retriever, combiner, gate, decoding, index_device, mmap,
+            translation_memory, start,
+        )  # fmt: skip
         source: BinaryIO = sys.stdin.buffer if input == "-" else stack.enter_context(open_bytes(Path(input), True))
         out: Any = sys.stdout.buffer
         if output != "-" and translator.ranks.rank == 0:

@@ -7,15 +7,17 @@ from jsonargparse import ArgumentParser
 
 from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.decoding.together import SharedTranslator
 from lightning_knnmt.index.config import Device
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
 from lightning_knnmt.knn.mixture import PlainModel
+from lightning_knnmt.knn.pair_memory import PairMemory
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
-from lightning_knnmt.memory import open_memory
+from lightning_knnmt.memory import DatastoreMemory, open_memory
 from lightning_knnmt.storage.ranks import Ranks
 
 
@@ -30,6 +32,7 @@ def open_translator(
     decoding: Decoding = Decoding(),
     index_device: Device = "cpu",
     mmap: bool = False,
+    translation_memory: CorpusFile | None = None,
     start: Callable[[KeyedModel], Ranks] | None = None,
 ) -> SharedTranslator:
     """Load a model, open its datastore, and put them together; the datastore stays open as long as the translator is.
@@ -45,18 +48,41 @@ def open_translator(
         decoding: Beam size, batch size and length.
         index_device: Where the index is searched.
         mmap: Leave the index's entries on the disk.
+        translation_memory: Pairs as they stand, for a retriever that needs no stored keys; in place of a datastore.
         start: Starts the processes that share the sentences and the index; None: this one alone.
     """
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
-    memory = None
+    check_memory(datastore, translation_memory, retriever)
+    pairs = None if translation_memory is None else list(read_pairs(translation_memory))
+    memory: DatastoreMemory | None = None
     if datastore is not None and start is None:
         memory = open_memory(datastore, index, mmap, index_device)  # what is wrong with it is said before a model loads
     model = backbone.load()
     ranks = Ranks() if start is None else start(model)
     if datastore is not None and memory is None:
         memory = open_memory(datastore, index, mmap, index_device, ranks)
-    mixture = PlainModel() if memory is None else chosen.open(model, memory)
+    searched = memory if pairs is None else PairMemory(model, pairs)
+    mixture = PlainModel() if searched is None else chosen.open(model, searched)
     return SharedTranslator(model, mixture, decoding, ranks, memory)
+
+
+def check_memory(datastore: Path | None, translation_memory: CorpusFile | None, retriever: Retriever | None) -> None:
+    """Refuse two memories, and a translation memory with the retriever that searches stored keys.
+
+    Raises:
+        ValueError: There are two, or no retriever is chosen by its class.
+    """
+    if translation_memory is None:
+        return
+    if datastore is not None:
+        raise ValueError(
+            f"datastore is {datastore} and translation_memory is {translation_memory.path}, expected one of them"
+        )
+    if retriever is None:
+        raise ValueError(
+            f"translation_memory is {translation_memory.path}, which has no keys to search, and no retriever is given; "
+            "expected one that needs none: class_path: lightning_knnmt.knn.retrievers.per_sentence.PerSentence"
+        )
 
 
 def load_translator(path: Path | str) -> Translator:

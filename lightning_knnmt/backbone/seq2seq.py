@@ -56,7 +56,8 @@ class Seq2SeqModel(PretrainedModel):
     def batch(self, sources: Sequence[str], targets: Sequence[str] | None = None) -> Batch:
         """Tokenize and pad B sentences, on the model's device."""
         ids = self.tokenize(sources, targets)
-        return collate(ids.src, None if targets is None else ids.tgt, self.pad_id, ids.cut).to(self.device)
+        labels = None if targets is None else ids.tgt
+        return collate(ids.src, labels, self.pad_id, ids.cut, sources).to(self.device)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits of a teacher-forced pass, shape (B, T, V).

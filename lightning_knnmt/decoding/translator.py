@@ -147,7 +147,7 @@ class Translator:
         rules = self.model.search_rules() if self.decoding.loop == "own" else None
         own = None if rules is None else search_options(rules[0], {**rules[1], **options}, beams, longest)
         if own is not None:
-            self.mixture.begin(batch)
+            _begin(self.mixture, batch, spans)
             with torch.inference_mode():
                 decoder = self.model.stepwise(batch, beams)
                 return search(decoder, lambda step: self.mixture.mixed(step, spans), len(batch), own)
@@ -170,10 +170,16 @@ def mixing(
         batch: The B sentences that are decoded.
         spans: Receives the time of `gate`, `search` and `mix`, counted in rows.
     """
-    mixture.begin(batch)
+    _begin(mixture, batch, spans)
 
     def mix(queries: Tensor, logits: Tensor) -> Tensor:
         sentence = sentences_of_rows(len(queries), len(batch), queries.device)
         return mixture(Step(queries, logits, sentence, writable=True), spans)
 
     return nullcontext() if mixture.changes_nothing else model.mixing(mix)
+
+
+def _begin(mixture: Mixture | PlainModel, batch: Batch, spans: Spans | None) -> None:
+    """Prepare for a batch, which is a part of searching."""
+    with nullcontext() if spans is None or mixture.changes_nothing else spans.span("search", 0):
+        mixture.begin(batch)

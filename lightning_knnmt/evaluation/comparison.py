@@ -11,6 +11,7 @@ import torch
 from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.decoding import Translations, Translator
+from lightning_knnmt.evaluation.online import OnlineTranslator
 from lightning_knnmt.evaluation.scores import CorpusScores, Score, corpus_scores
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ class SystemResult:
 
 
 def run_systems(
-    translators: Mapping[str, Translator], pairs: Sequence[Pair], repeats: int = 3, seed: int = 1
+    translators: Mapping[str, Translator | OnlineTranslator], pairs: Sequence[Pair], repeats: int = 3, seed: int = 1
 ) -> dict[str, SystemResult]:
     """Translate a test split with every system in turn, several times, and score the translations.
 
@@ -108,7 +109,7 @@ def run_systems(
             tokens_per_second=statistics.median(rates),
             repeats=rates,
             search_share=statistics.median(run.spans.seconds["search"] / run.seconds for run in timed),
-            batch_size=translator.decoding.batch_size,
+            batch_size=1 if isinstance(translator, OnlineTranslator) else translator.decoding.batch_size,
         )
         texts = timed[0].texts
         changed = sum(len(set(versions)) > 1 for versions in zip(*(run.texts for run in rounds[name]), strict=True))

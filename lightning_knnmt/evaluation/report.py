@@ -132,9 +132,9 @@ def settings_line(results: Mapping[str, Any]) -> str:
         f"{_knn_line(knn) if knn else _mixture_line(settings['mixture'])} ({chosen})",
         f"beam {decoding['beams']}, {decoding['batch_size']} sentences a batch",
         f"median of {settings['repeats']} repeats on {settings['device']}, threads: {settings['threads']['torch']}",
-        f"{index['factory']} over {index['entries']} entries",
+        _searched_line(index) if index else f"{settings['translation_memory']['sentences']} stored pairs",
     ]
-    if index["imbalance_factor"] is not None:
+    if index and index["imbalance_factor"] is not None:
         parts.append(f"imbalance factor {index['imbalance_factor']:.2f}, homogeneity {index['homogeneity']:.3f}")
     parts.append(f"model {settings['model']['model']} {settings['model']['model_sha256'][:12]}")
     parts += next(iter(results["systems"].values()))["signatures"].values()
@@ -151,8 +151,12 @@ def systems_lines(results: Mapping[str, Any]) -> str:
     for name, system in results["systems"].items():
         if "mixture" in system:
             chosen = _knn_line(system["knn"]) if system["knn"] else _mixture_line(system["mixture"])
-            lines.append(f"- {name}: {chosen}; {system['index']['factory']} over {system['index']['entries']} entries")
+            lines.append(f"- {name}: {chosen}" + (f"; {_searched_line(system['index'])}" if system["index"] else ""))
     return "\n".join(lines)
+
+
+def _searched_line(index: Mapping[str, Any]) -> str:
+    return f"{index['factory']} over {index['entries']} entries"
 
 
 def _knn_line(knn: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.data.splits import source_key
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.scores import corpus_scores
+from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.memory import Memory
 from lightning_knnmt.knn.mixture import PlainModel
 from lightning_knnmt.knn.reference import reference_steps
@@ -191,8 +192,11 @@ def likelihoods(
         The candidates, the plain model's log-likelihood, and the number of reference tokens.
     """
     values = grid.values_for(mixture, memory.nlist)
-    if "temperature" in mixture.combiner.option_names and "temperature" not in values:
-        values["temperature"] = default_temperatures(*_nearest(model, memory, mixture, pairs, grid, values))
+    scaled = {name: shares for name, shares in mixture.combiner.distance_options.items()
+              if name in mixture.combiner.option_names and name not in values}  # fmt: skip
+    if scaled:
+        nearest = _nearest(model, memory, mixture, pairs, grid, values)
+        values |= {name: default_temperatures(*nearest, shares) for name, shares in scaled.items()}
     ks = values.pop("k") if "k" in mixture.retriever.option_names else [None]
     searching = _choices(values, (*mixture.retriever.option_names, *mixture.gate.option_names))
     weighing = _choices(values, tuple(set(mixture.combiner.option_names) - set(mixture.retriever.option_names)))
@@ -258,18 +262,21 @@ def _distinct(nprobe: Sequence[int], nlist: int | None) -> list[int]:
     return sorted({min(value, nlist) for value in nprobe}) if nlist else [min(nprobe)]
 
 
-def default_temperatures(nearest: Tensor, squared_norm: float) -> list[float]:
-    """Six temperatures around the median distance of the nearest neighbors, rounded to two digits.
+def default_temperatures(
+    nearest: Tensor, squared_norm: float, shares: Sequence[float] = Combiner.distance_options["temperature"]
+) -> list[float]:
+    """Temperatures around the median distance of the nearest neighbors, rounded to two digits.
 
     A context that is stored as it is lies nearer than fp16 can tell; such rows say nothing about the scale.
 
     Args:
         nearest: Squared L2 distance of the nearest neighbor of each row, +inf where there is none, shape (N,).
         squared_norm: Mean squared norm of the queries, from which a scale is guessed if all rows are such.
+        shares: Multiples of that distance.
     """
     telling = nearest[nearest.isfinite() & (nearest > 1e-5 * squared_norm)]
     median = float(telling.median()) if len(telling) else 0.1 * squared_norm
-    return [float(f"{median * factor:.2g}") for factor in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)]
+    return [float(f"{median * factor:.2g}") for factor in shares]
 
 
 def tune(

@@ -11,13 +11,11 @@ from torch import Tensor
 from lightning_knnmt.backbone.provenance import Provenance
 from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.data.pairs import Pair, StoredContext
+from lightning_knnmt.knn.exact import nearest_keys
 from lightning_knnmt.knn.neighbors import Neighbors
 
 if TYPE_CHECKING:
     from lightning_knnmt.backbone.keyed_model import KeyedModel
-
-
-EXTRA_CANDIDATES = 8  # candidates beyond K, among which rounding cannot hide one of the K nearest
 
 
 class Memory(Protocol):
@@ -157,13 +155,8 @@ class RamMemory:
         if nearest and len(queries):
             keys = self.keys.float()
             for rows in torch.arange(len(queries), device=queries.device).split(max(1, self.block // len(self))):
-                asked = queries[rows]
-                rough = self._norms - 2 * asked @ keys.T  # [R, N], squared distances but for the queries' own norms
-                entries = rough.topk(min(len(self), nearest + EXTRA_CANDIDATES), largest=False).indices.sort(1).values
-                exact = (keys[entries] - asked[:, None]).square().sum(2)  # [R, K + EXTRA_CANDIDATES]
-                exact, order = exact.sort(dim=1, stable=True)
-                distances[rows, :nearest] = exact[:, :nearest]
-                ids[rows, :nearest] = entries.gather(1, order)[:, :nearest]
+                found = nearest_keys(queries[rows], keys, self._norms, nearest)
+                distances[rows, :nearest], ids[rows, :nearest] = found
             values[:, :nearest] = self.values[ids[:, :nearest]].long()
         return Neighbors(distances, values, ids).to(device)
 

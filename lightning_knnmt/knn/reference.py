@@ -51,7 +51,9 @@ def reference_steps(
     ids = model.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs])
     lengths = [max(len(src), len(tgt)) for src, tgt in zip(ids.src, ids.tgt, strict=True)]
     for numbers in token_budget_batches(lengths, max_tokens):
-        batch = collate([ids.src[n] for n in numbers], [ids.tgt[n] for n in numbers], model.pad_id).to(model.device)
+        texts = [pairs[n].src for n in numbers]
+        batch = collate([ids.src[n] for n in numbers], [ids.tgt[n] for n in numbers], model.pad_id, texts=texts)
+        batch = batch.to(model.device)
         keys, logits = model.keys_and_logits(batch)
         mask = batch.target_mask
         if model.forced_id is not None:

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,13 @@ class Combiner(Component, nn.Module, ABC):
     """Mixes neighbors into logits; what a method has to say is `weigh`, the rest is the same for all.
 
     A row without neighbors keeps the model's prediction.
+
+    Attributes:
+        distance_options: Options in units of squared distance, which every model has another scale of: where no values
+            are given, tuning tries these multiples of the distance that half of the nearest neighbors have.
     """
+
+    distance_options: ClassVar[dict[str, tuple[float, ...]]] = {"temperature": (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)}
 
     @abstractmethod
     def weigh(self, step: Step, neighbors: Neighbors) -> Weights:

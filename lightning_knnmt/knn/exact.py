@@ -1,0 +1,94 @@
+"""Exact nearest neighbors by torch: of all rows in the same keys, and of each sentence's rows in keys of its own."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from lightning_knnmt.knn.neighbors import Neighbors, no_neighbors
+
+EXTRA_CANDIDATES = 8  # candidates beyond K, among which rounding cannot hide one of the K nearest
+
+
+def nearest_keys(queries: Tensor, keys: Tensor, norms: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Squared distances and numbers of the nearest of N keys, the smaller number first if equally near.
+
+    Args:
+        queries: Shape (R, D), float32.
+        keys: Shape (N, D), float32.
+        norms: Their squared norms, shape (N,).
+        k: K, no more than N.
+
+    Returns:
+        Shapes (R, K).
+
+    >>> import torch
+    >>> keys = torch.tensor([[0.0, 3.0], [1.0, 0.0]])
+    >>> nearest_keys(torch.zeros(1, 2), keys, keys.square().sum(1), 2)
+    (tensor([[1., 9.]]), tensor([[1, 0]]))
+    """
+    rough = norms - 2 * queries @ keys.T  # [R, N], squared distances but for the queries' own norms
+    numbers = rough.topk(min(len(keys), k + EXTRA_CANDIDATES), largest=False).indices.sort(1).values
+    exact = (keys[numbers] - queries[:, None]).square().sum(2)  # [R, K + EXTRA_CANDIDATES]
+    exact, order = exact.sort(dim=1, stable=True)
+    return exact[:, :k], numbers.gather(1, order)[:, :k]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """N entries, those of one sentence's own datastore.
+
+    Attributes:
+        keys: Shape (N, D), float32.
+        values: Target-token ids, shape (N,).
+        ids: Entry numbers in the memory, shape (N,).
+    """
+
+    keys: Tensor
+    values: Tensor
+    ids: Tensor
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """Squared norms of the keys, shape (N,)."""
+        return self.keys.square().sum(1)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+
+def nearest_entries(queries: Tensor, sentence: Tensor, entries: Sequence[Entries], k: int) -> Neighbors:
+    """The K nearest of each row among the entries of its sentence.
+
+    Args:
+        queries: Shape (R, D).
+        sentence: Shape (R,).  # [row -> sentence]
+        entries: Of each of the B sentences, on the rows' device; there may be fewer than K, or none.
+        k: K.
+    """
+    found = no_neighbors(len(queries), k, queries.device)
+    queries = queries.detach().float()
+    for number, rows in rows_by_sentence(sentence):
+        own = entries[number]
+        if nearest := min(k, len(own)):
+            distances, places = nearest_keys(queries[rows], own.keys, own.norms, nearest)
+            found.distances[rows, :nearest] = distances
+            found.values[rows, :nearest] = own.values[places]
+            found.ids[rows, :nearest] = own.ids[places]
+    return found
+
+
+def rows_by_sentence(sentence: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Each sentence that has rows, and their numbers.
+
+    Args:
+        sentence: Shape (R,), in any order.  # [row -> sentence]
+
+    >>> import torch
+    >>> list(rows_by_sentence(torch.tensor([2, 0, 2])))
+    [(0, tensor([1])), (2, tensor([0, 2]))]
+    """
+    order = sentence.argsort(stable=True)
+    numbers, counts = sentence[order].unique_consecutive(return_counts=True)
+    yield from zip(numbers.tolist(), order.split(counts.tolist()), strict=True)

@@ -1,0 +1,1 @@
+"""Which stored sentences are like this one: by their words, by the model's own encoder, or by another encoder."""
