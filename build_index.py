@@ -3,7 +3,7 @@
 ``python build_index.py build --config configs/demo/build.yaml`` builds; ``plan`` with the same options says before what
 that will take. ``verify FOLDER`` checks every file of a datastore against its checksum.
 ``append --config … --datastore.corpus.path new.jsonl``, ``remove FOLDER --document NAME`` and ``compact FOLDER`` change
-one; what is searched meanwhile is the datastore as it was.
+one; what is searched meanwhile is the datastore as it was. ``prune FOLDER --out NEW`` makes a smaller one of it.
 ``torchrun --nproc-per-node 2 build_index.py build --config … --processes.devices 2`` builds in two processes, as does
 the same line without ``torchrun``. Options without a command are those of ``build``.
 """
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.building.config import DatastoreConfig
+from lightning_knnmt.building.pruning.rules import KnowledgeMarginPruning, PruningRule
 from lightning_knnmt.cli import log_cut, run_script
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.storage.errors import DatastoreError
@@ -246,6 +247,50 @@ def compact_datastore(folder: Path) -> None:
     _log_change(change)
 
 
+def prune_datastore(
+    folder: Path,
+    out: Path | None = None,
+    rule: PruningRule = KnowledgeMarginPruning(),
+    backbone: BackboneConfig | None = None,
+    index: IndexConfig = IndexConfig(),
+    searched: str = "index",
+    nprobe: int = 8,
+) -> None:
+    """Write a smaller datastore, without the entries that a rule drops, and index it; the first one stays as it is.
+
+    The new manifest.json says under `pruned` how many entries were dropped, and why. A run that is stopped goes on
+    where it was.
+
+    Args:
+        folder: The datastore.
+        out: Folder of the smaller one.
+        rule: Which entries are dropped, by class_path and init_args.
+        backbone: The datastore's model, for rules that ask which entries it predicts by itself.
+        index: The index of the smaller datastore.
+        searched: Name of the datastore's index in which the rule looks for neighbors.
+        nprobe: Inverted lists that each of these searches scans.
+
+    Raises:
+        ValueError: No folder is named, or the rule needs a model and there is none.
+    """
+    refuse_several_processes("prune")
+    from lightning_knnmt.building.pruning.pruning import prune
+
+    if out is None:
+        raise ValueError("out is missing, expected the folder of the smaller datastore: --out NEW")
+    if rule.asks_model and backbone is None:
+        raise ValueError(f"backbone is missing, expected the datastore's model, which {type(rule).__name__} asks")
+    model = None if backbone is None else backbone.load()
+    made = prune(folder, out, rule, model, index, searched, nprobe)
+    info = made.manifest.pruned[-1]
+    for reason, count in info.dropped.items():
+        log.info("%d of %d entries dropped: %s", count, info.entries, reason)
+    log.info(
+        "%d entries of %d pairs are left; %d pairs have none", made.manifest.entries, made.manifest.pairs, info.pairs
+    )
+    _record(out, index.name, None, made.index, None)
+
+
 def _log_change(change: "Change") -> None:
     manifest = change.manifest
     log.info("%d entries of %d pairs in %d shards", manifest.entries, manifest.pairs, len(manifest.shards))
@@ -263,6 +308,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "append": append,
     "remove": remove,
     "compact": compact_datastore,
+    "prune": prune_datastore,
 }
 
 
@@ -279,7 +325,7 @@ def spell_out(args: list[str]) -> list[str]:
     """
     if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
         args = ["build", *args]
-    if args and args[0] in ("verify", "remove", "compact"):
+    if args and args[0] in ("verify", "remove", "compact", "prune"):
         args = [arg.removeprefix("--folder=") for arg in args if arg != "--folder"]
         args = [re.sub(r"^--document(?==|$)", "--document+", arg) for arg in args]
     return args

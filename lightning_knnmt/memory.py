@@ -94,7 +94,9 @@ class DatastoreMemory:
         if rescore:
             distances, ids = rescored(rows, ids, self._keys, k)
         entries = torch.from_numpy(ids)
-        return Neighbors(torch.from_numpy(distances), self.values_of(entries), entries).to(queries.device)
+        weights = None if self._weights is None else self._weights[entries.clamp(min=0)]
+        found = Neighbors(torch.from_numpy(distances), self.values_of(entries), entries, weights)
+        return found.to(queries.device)
 
     @property
     def fingerprint(self) -> str:
@@ -116,6 +118,10 @@ class DatastoreMemory:
     @cached_property
     def _values(self) -> Tensor:
         return torch.from_numpy(self.datastore.values)
+
+    @cached_property
+    def _weights(self) -> Tensor | None:
+        return None if self.datastore.weights is None else torch.from_numpy(self.datastore.weights)
 
     @cached_property
     def _keys(self) -> MappedKeys:

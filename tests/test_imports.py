@@ -101,7 +101,7 @@ def script(*args: str, name: str = "build_index.py") -> str:
 @pytest.mark.parametrize(
     "args",
     [("--help",), ("build", "--help"), ("plan", "--help"), ("append", "--help"), ("verify", "--help"),
-     ("remove", "--help"), ("compact", "--help")],
+     ("remove", "--help"), ("compact", "--help"), ("prune", "--help")],
 )  # fmt: skip
 def test_help_loads_neither_models_nor_faiss(args: tuple[str, ...]) -> None:
     assert not loaded_after(script(*args)) & {"torch", "transformers", "faiss", "lightning"}

@@ -294,6 +294,8 @@ def _differences(existing: Manifest, planned: Manifest, to_the_bit: bool = False
             f"corpus {existing.corpus} ({existing.corpus_sha256[:12]}) "
             f"against {planned.corpus} ({planned.corpus_sha256[:12]})"
         )
+    if existing.pruned != planned.pruned:
+        differences.append(f"pruned {len(existing.pruned)} times against {len(planned.pruned)}")
     compared = [("corpus.", existing.reading, planned.reading)]
     if to_the_bit:
         if existing.shard_entries != planned.shard_entries:

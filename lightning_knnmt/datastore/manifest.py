@@ -14,7 +14,12 @@ from lightning_knnmt.storage.layout import BUILDING, MANIFEST, shard_file, shard
 from lightning_knnmt.storage.sealed import content_sha256, read_sealed, write_sealed
 
 MOST_ENTRIES = 1 << 50
-WRITTEN_IF_SET = ("generation", "appended", "removed")  # fields that a store which was never changed does not have
+WRITTEN_IF_SET = (
+    "generation",
+    "appended",
+    "removed",
+    "pruned",
+)  # fields that a store which was never changed does not have
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,37 @@ class AppendedCorpus:
 
 
 @dataclass(frozen=True)
+class PrunedInfo:
+    """Which entries of another datastore this one does without, and why.
+
+    Attributes:
+        rule: Class of the rule that chose them.
+        options: Its options.
+        datastore_sha256: Fingerprint of the other datastore.
+        removed_sha256: Checksum of its list of removed entries; None if nothing was removed from it.
+        entries: Its entries, those that were removed not counted.
+        dropped: How many entries were dropped, by reason.
+        pairs: Pairs of which no entry is left, and which are gone with their texts.
+    """
+
+    rule: str
+    options: dict[str, Any]
+    datastore_sha256: str
+    removed_sha256: str | None
+    entries: int
+    dropped: dict[str, int]
+    pairs: int
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+    @property
+    def plan(self) -> tuple[Any, ...]:
+        """What the rest follows from."""
+        return self.rule, self.options, self.datastore_sha256, self.removed_sha256
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a datastore is: the contents of `manifest.json`, which is there only if the datastore is whole.
 
@@ -97,6 +133,7 @@ class Manifest:
         generation: How often the shards were changed since; the files of indexes carry its number.
         appended: What was added by that.
         removed: Where it says which entries were removed and are still in the shards.
+        pruned: How it came from a larger datastore, if it did; several times, the last one last.
     """
 
     provenance: Provenance
@@ -110,6 +147,7 @@ class Manifest:
     generation: int = 0
     appended: tuple[AppendedCorpus, ...] = ()
     removed: RemovedInfo | None = None
+    pruned: tuple[PrunedInfo, ...] = ()
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -179,6 +217,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[Manifest, str]:
         content["provenance"] = Provenance(**content["provenance"])
         content["shards"] = tuple(ShardInfo(**shard) for shard in content["shards"])
         content["appended"] = tuple(AppendedCorpus(**corpus) for corpus in content.get("appended", ()))
+        content["pruned"] = tuple(PrunedInfo(**info) for info in content.get("pruned", ()))
         content["removed"] = None if removed is None else RemovedInfo(**removed)
         return Manifest(**content), fingerprint
     except (ValueError, KeyError, TypeError) as error:

@@ -17,6 +17,7 @@ from lightning_knnmt.storage.files import durable_file, file_sha256, is_inside
 
 KEY_DTYPE = np.float16
 TEXTS = ("src", "tgt", "document")
+OF_ENTRIES = ("positions", "weights")  # arrays that a shard has only where entries were dropped or merged
 TEXT_REFERENCE = 16  # bytes that HDF5 keeps in the array of each text: length, address and number
 
 
@@ -28,12 +29,13 @@ class ShardWriter:
         entries: How many entries it will hold.
         pairs: How many sentence pairs it will hold.
         key_size: D.
+        more: Of `OF_ENTRIES`, what it holds besides.
 
     Raises:
         DatastoreError: At any time: it cannot be written.
     """
 
-    def __init__(self, path: Path, entries: int, pairs: int, key_size: int) -> None:
+    def __init__(self, path: Path, entries: int, pairs: int, key_size: int, more: Sequence[str] = ()) -> None:
         self.path = path
         self.entries, self.pairs = entries, pairs
         with ExitStack() as stack:
@@ -44,12 +46,13 @@ class ShardWriter:
             self._lengths = file.create_dataset("lengths", (pairs,), np.int32)
             self._numbers = file.create_dataset("numbers", (pairs,), np.int64)
             self._texts = {name: file.create_dataset(name, (pairs,), h5py.string_dtype("utf-8")) for name in TEXTS}
+            self._more = {name: file.create_dataset(name, (entries,), np.int32) for name in more}
             self._stack = stack.pop_all()
         self._entry = self._pair = 0
 
     def append(
         self, keys: NDArray[np.float16], values: NDArray[np.int32], lengths: Sequence[int], pairs: Sequence[Pair],
-        numbers: Sequence[int],
+        numbers: Sequence[int], **more: NDArray[np.int32],
     ) -> None:  # fmt: skip
         """Add the entries of some sentence pairs.
 
@@ -59,10 +62,13 @@ class ShardWriter:
             lengths: Entries of each pair; they add up to N.
             pairs: The sentence pairs.
             numbers: Each pair's number in the corpus.
+            more: What was said to be held besides, shape (N,) each.
         """
         entries, rows = slice(self._entry, self._entry + len(keys)), slice(self._pair, self._pair + len(pairs))
         self._keys[entries] = keys
         self._values[entries] = values
+        for name, dataset in self._more.items():
+            dataset[entries] = more[name]
         self._lengths[rows] = lengths
         self._numbers[rows] = numbers
         for name, dataset in self._texts.items():
@@ -141,13 +147,41 @@ def values_of(file: h5py.File) -> NDArray[np.int32]:
     Raises:
         DatastoreError: One is no token.
     """
-    values: NDArray[np.int32] = file["values"][:]
-    if values.min(initial=0) < 0:
+    return _numbers_of(file, "values", "value", 0)
+
+
+def weights_of(file: h5py.File) -> NDArray[np.int32] | None:
+    """How many entries each of an open shard's stands for, shape (N,); None if each stands for itself.
+
+    Raises:
+        DatastoreError: One stands for none.
+    """
+    return _numbers_of(file, "weights", "weight", 1) if "weights" in file else None
+
+
+def positions_of(file: h5py.File, starts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Place of each entry's token in its target, shape (N,).
+
+    Args:
+        file: The shard.
+        starts: First entry of each pair, and the number of entries, shape (pairs + 1,).
+
+    Raises:
+        DatastoreError: One is below 0.
+    """
+    if "positions" in file:
+        return _numbers_of(file, "positions", "position", 0).astype(np.int64)
+    return np.arange(starts[-1]) - np.repeat(starts[:-1], np.diff(starts))
+
+
+def _numbers_of(file: h5py.File, array: str, name: str, least: int) -> NDArray[np.int32]:
+    numbers: NDArray[np.int32] = file[array][:]
+    if numbers.min(initial=least) < least:
         raise DatastoreError(
-            f"{file.filename} is damaged (it holds the value {values.min()}, expected 0 or more); build the datastore "
-            "again"
+            f"{file.filename} is damaged (it holds the {name} {numbers.min()}, expected {least} or more); build the "
+            "datastore again"
         )
-    return values
+    return numbers
 
 
 def _check_contents(file: h5py.File, shard: ShardInfo, key_size: int) -> None:
@@ -157,6 +191,7 @@ def _check_contents(file: h5py.File, shard: ShardInfo, key_size: int) -> None:
         "lengths": ((shard.pairs,), np.int32),
         "numbers": ((shard.pairs,), np.int64),
         **dict.fromkeys(TEXTS, ((shard.pairs,), None)),
+        **{name: ((shard.entries,), np.int32) for name in OF_ENTRIES if name in file},
     }
     if missing := set(expected) - set(file):
         raise ValueError(f"lacks {', '.join(sorted(missing))}")

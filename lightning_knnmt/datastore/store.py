@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from lightning_knnmt.data.pairs import Pair, StoredContext
 from lightning_knnmt.datastore.manifest import Provenance, read_manifest
 from lightning_knnmt.datastore.removed import Removed
-from lightning_knnmt.datastore.shard import map_keys, open_shard, values_of
+from lightning_knnmt.datastore.shard import map_keys, open_shard, positions_of, values_of, weights_of
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.layout import MANIFEST
 from lightning_knnmt.storage.snapshot import open_together
@@ -46,6 +46,11 @@ class StoredShard:
         """The pairs that are still there."""
         texts = (self.file[name].asstr()[:][self.kept] for name in ("src", "tgt", "document"))
         yield from map(Pair, *texts)
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Place of each entry's token in its target, shape (N,)."""
+        return positions_of(self.file, self.starts)
 
 
 class Datastore:
@@ -111,6 +116,15 @@ class Datastore:
         """Target-token id of every entry, shape (N,)."""
         return np.concatenate([np.empty(0, np.int32), *map(values_of, self._files)])
 
+    @cached_property
+    def weights(self) -> NDArray[np.int32] | None:
+        """How many entries each stands for, shape (N,); None if each stands for itself alone."""
+        found = [weights_of(file) for file in self._files]
+        if all(weights is None for weights in found):
+            return None
+        sizes = (shard.entries for shard in self.manifest.shards)
+        return np.concatenate([np.ones(n, np.int32) if w is None else w for n, w in zip(sizes, found, strict=True)])
+
     def key_chunks(self, chunk: int = 65536, entries: range | None = None) -> Iterator[NDArray[np.float16]]:
         """Keys in the order of the entries, in arrays of shape (up to `chunk`, D).
 
@@ -161,7 +175,8 @@ class Datastore:
         local = entry - int(self._starts[shard])
         row = int(np.searchsorted(starts, local, side="right")) - 1
         src, tgt, document = (file[name].asstr()[row] for name in ("src", "tgt", "document"))
-        return StoredContext(Pair(src, tgt, document), int(file["numbers"][row]), local - int(starts[row]))
+        position = int(file["positions"][local]) if "positions" in file else local - int(starts[row])
+        return StoredContext(Pair(src, tgt, document), int(file["numbers"][row]), position)
 
     @cached_property
     def shards(self) -> list[StoredShard]:

@@ -1,5 +1,6 @@
 """What a search finds."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +15,13 @@ class Neighbors:
         distances: Squared L2, shape (R, K); +inf where there is no neighbor.
         values: Target-token ids, shape (R, K); 0 where there is no neighbor.
         ids: Entry numbers in the memory, shape (R, K); −1 where there is no neighbor.
+        weights: How many entries each neighbor stands for, where entries were merged, shape (R, K); None: one each.
     """
 
     distances: Tensor
     values: Tensor
     ids: Tensor
+    weights: Tensor | None = None
 
     def first(self, k: int) -> "Neighbors":
         """The k nearest only.
@@ -26,7 +29,7 @@ class Neighbors:
         >>> Neighbors(torch.tensor([[1.0, 2.0]]), torch.tensor([[7, 8]]), torch.tensor([[0, 3]])).first(1).values
         tensor([[7]])
         """
-        return Neighbors(self.distances[:, :k], self.values[:, :k], self.ids[:, :k])
+        return self._map(lambda part: part[:, :k])
 
     @property
     def found(self) -> Tensor:
@@ -41,10 +44,13 @@ class Neighbors:
         """
         shape = len(searched), self.ids.shape[1]
         wide = Neighbors(
-            self.distances.new_full(shape, torch.inf), self.values.new_zeros(shape), self.ids.new_full(shape, -1)
-        )
+            self.distances.new_full(shape, torch.inf), self.values.new_zeros(shape), self.ids.new_full(shape, -1),
+            None if self.weights is None else self.weights.new_ones(shape),
+        )  # fmt: skip
         for all_rows, rows in zip(wide.parts, self.parts, strict=True):
             all_rows[searched] = rows
+        if wide.weights is not None and self.weights is not None:
+            wide.weights[searched] = self.weights
         return wide
 
     @property
@@ -54,7 +60,11 @@ class Neighbors:
 
     def to(self, device: torch.device | str) -> "Neighbors":
         """The same neighbors on another device."""
-        return Neighbors(*(part.to(device) for part in self.parts))
+        return self._map(lambda part: part.to(device))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> "Neighbors":
+        distances, values, ids = map(change, self.parts)
+        return Neighbors(distances, values, ids, None if self.weights is None else change(self.weights))
 
 
 def no_neighbors(rows: int, k: int, device: torch.device | str = "cpu") -> Neighbors:

@@ -11,25 +11,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def knn_log_weights(distances: Tensor, temperature: float) -> Tensor:
-    """Log of each neighbor's share of the kNN distribution, log softmax(−d / T).
+def knn_log_weights(distances: Tensor, temperature: float, weights: Tensor | None = None) -> Tensor:
+    """Log of each neighbor's share of the kNN distribution, log softmax(−d / T), or log softmax(log w − d / T).
 
     The nearest distance is subtracted first: a small T then leaves the nearest neighbor, and overflows nowhere.
 
     Args:
         distances: Squared L2 distances, shape (R, K).
         temperature: T, in units of squared distance, more than 0.
+        weights: w, how many entries each neighbor stands for (arXiv 2204.12608), shape (R, K); None: one each.
 
     Returns:
         Shape (R, K), float32; a row without any neighbor is −inf throughout.
 
     >>> knn_log_weights(torch.tensor([[1.0, 1.0, torch.inf]]), 10.0).exp()
     tensor([[0.5000, 0.5000, 0.0000]])
+    >>> knn_log_weights(torch.tensor([[1.0, 1.0]]), 10.0, torch.tensor([[3, 1]])).exp()
+    tensor([[0.7500, 0.2500]])
     """
     distances = distances.float()
     nearest = distances.amin(-1, keepdim=True) if distances.shape[-1] else distances
     temperature = max(temperature, torch.finfo(torch.float32).tiny)  # which would be 0 in float32, and 0 / 0
     scores = (distances - nearest.nan_to_num(posinf=0.0)).neg().div(temperature)
+    if weights is not None:
+        scores = scores + weights.log()
     return (scores - torch.logsumexp(scores, -1, keepdim=True)).nan_to_num(nan=-math.inf, neginf=-math.inf)
 
 

@@ -35,4 +35,4 @@ class FixedCombiner(Combiner):
 
     def weigh(self, step: Step, neighbors: Neighbors) -> Weights:
         """The same λ for every row; shares by distance."""
-        return Weights(knn_log_weights(neighbors.distances, self.temperature), self.lambda_)
+        return Weights(knn_log_weights(neighbors.distances, self.temperature, neighbors.weights), self.lambda_)

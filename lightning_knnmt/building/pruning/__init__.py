@@ -1,0 +1,1 @@
+"""Smaller datastores: which entries can go, and why."""
