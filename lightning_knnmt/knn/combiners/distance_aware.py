@@ -39,4 +39,5 @@ class DistanceAwareCombiner(Combiner):
     def weigh(self, step: Step, neighbors: Neighbors) -> Weights:
         """λ by the nearest neighbor of each row; shares by distance."""
         nearest = neighbors.distances[:, :1].float()
-        return Weights(knn_log_weights(neighbors.distances, self.temperature), (1 - nearest / self.tau).clamp(min=0))
+        shares = knn_log_weights(neighbors.distances, self.temperature, neighbors.weights)
+        return Weights(shares, (1 - nearest / self.tau).clamp(min=0))
