@@ -13,7 +13,7 @@ from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.memory import build_memory
 from lightning_knnmt.decoding import Decoding, Translator
-from lightning_knnmt.decoding.search import search_options
+from lightning_knnmt.decoding.options import search_options
 from lightning_knnmt.knn.combiners.fixed import FixedCombiner
 from lightning_knnmt.knn.gates import ConfidenceGate
 from lightning_knnmt.knn.mixture import Mixture, PlainModel

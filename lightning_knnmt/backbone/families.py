@@ -8,13 +8,17 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from lightning_knnmt.backbone import firefox  # noqa: F401, makes the family known to Hugging Face's Auto classes
+from lightning_knnmt.backbone.cached_decoder import CachedDecoder
+from lightning_knnmt.backbone.firefox.row_decoder import FirefoxRows
 from lightning_knnmt.backbone.gguf import is_gguf
 from lightning_knnmt.backbone.hub import read_config
+from lightning_knnmt.backbone.row_decoder import RowDecoder
 from lightning_knnmt.backbone.tokenization import FSMTTokenizer
 from lightning_knnmt.data.sentences import SentenceSplitter
 
 if TYPE_CHECKING:
     from lightning_knnmt.backbone.keyed_model import KeyedModel
+    from lightning_knnmt.backbone.seq2seq import Seq2SeqModel
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Family:
             own last one in post-norm models.
         time_first: Whether the decoder's blocks see (T, B, D) instead of (B, T, D).
         tokenizer: The class whose `from_pretrained` loads the family's tokenizers.
+        decoder: Makes what decodes a token at a time, with a number of rows for each sentence.
     """
 
     output_projection: Callable[[Any], nn.Module]
@@ -39,6 +44,7 @@ class Family:
     final_norm: Callable[[Any], nn.Module]
     time_first: bool = False
     tokenizer: Any = AutoTokenizer
+    decoder: Callable[["Seq2SeqModel", int], RowDecoder] = CachedDecoder
 
 
 def _last_block(model: Any) -> Any:
@@ -58,6 +64,7 @@ def _like_bart(
     output_projection: Callable[[Any], nn.Module] = lambda model: model.lm_head,
     time_first: bool = False,
     tokenizer: Any = AutoTokenizer,
+    decoder: Callable[["Seq2SeqModel", int], RowDecoder] = CachedDecoder,
 ) -> Family:
     """A family whose decoder blocks are those of BART, with the feed-forward layers `fc1` and `fc2`."""
     return Family(
@@ -68,6 +75,7 @@ def _like_bart(
         final_norm=final_norm,
         time_first=time_first,
         tokenizer=tokenizer,
+        decoder=decoder,
     )
 
 
@@ -101,7 +109,7 @@ _LIKE_LLAMA = Family(
 
 FAMILIES: dict[str, Family] = {
     "bart": _like_bart(final_norm=_last_blocks_norm),
-    "firefox": _like_bart(final_norm=_last_blocks_norm),
+    "firefox": _like_bart(final_norm=_last_blocks_norm, decoder=FirefoxRows),
     "marian": _like_bart(final_norm=_last_blocks_norm),
     "m2m_100": _like_bart(final_norm=_norm_behind_blocks),
     "mbart": _like_bart(final_norm=_norm_behind_blocks),  # and mBART-50

@@ -5,13 +5,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.backbone.config import BackboneConfig
+from lightning_knnmt.backbone.row_decoder import RowDecoder
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.sentences import Sentence, SentenceSplitter
 
@@ -29,25 +30,6 @@ class TokenIds:
     src: list[list[int]]
     tgt: list[list[int]]
     cut: int
-
-
-class StepwiseDecoder(Protocol):
-    """The state of decoding R rows."""
-
-    start_id: int
-
-    def step(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries (R, D) and logits (R, V) of the token that follows sequences (R, T), of which the last is new."""
-        ...
-
-    def select(self, rows: Tensor, dropped: bool) -> None:
-        """Let row i go on from row `rows[i]`, shape (R',).
-
-        Args:
-            rows: [row -> former row]; rows of one sentence stay together.
-            dropped: Whether sentences have left; otherwise each row goes on from one of its own sentence.
-        """
-        ...
 
 
 class KeyedModel(nn.Module, ABC):
@@ -160,14 +142,17 @@ class KeyedModel(nn.Module, ABC):
         """
         return None
 
-    def stepwise(self, batch: Batch, beams: int) -> StepwiseDecoder:
-        """Decoding of a batch, one step at a time.
+    def stepwise(self, beams: int) -> RowDecoder:
+        """Decoding one step at a time.
 
         Args:
-            batch: B sentences.
             beams: Rows of each sentence, which lie together.
         """
         raise NotImplementedError(f"{type(self).__name__} is decoded by generate")
+
+    def projection_weights(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight (V, D) and bias (V,) with which `project` is F.linear; None: it is something else."""
+        return None
 
     @abstractmethod
     def mixing(self, mix: Callable[[Tensor, Tensor], Tensor]) -> AbstractContextManager[None]:

@@ -114,10 +114,17 @@ class PretrainedModel(KeyedModel):
 
     def project(self, states: Tensor) -> Tensor:
         """Logits of decoder outputs: (..., D) -> (..., V)."""
+        if (weights := self.projection_weights()) is not None:
+            return F.linear(states, *weights)
+        constant, logits = logits_bias(self.model), self.output_projection(states)  # with an adapter beside its weight
+        return logits if constant is None else logits + constant.view(-1)
+
+    def projection_weights(self) -> tuple[Tensor, Tensor | None] | None:
+        """Weight (V, D) and bias (V,) of the output projection; None with an adapter beside its weight."""
         projection, constant = self.output_projection, logits_bias(self.model)
-        if not isinstance(projection, nn.Linear):  # with an adapter beside its weight
-            return projection(states) if constant is None else projection(states) + constant.view(-1)
-        return F.linear(states, projection.weight, projection.bias if constant is None else constant.view(-1))
+        if not isinstance(projection, nn.Linear):
+            return None
+        return projection.weight, projection.bias if constant is None else constant.view(-1)
 
     @contextmanager
     def mixing(self, mix: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:

@@ -14,7 +14,7 @@ from lightning_knnmt.backbone.hub import read_config, read_weights
 from lightning_knnmt.backbone.keyed_model import TokenIds
 from lightning_knnmt.backbone.languages import check_target_prefix, decoder_start, set_languages
 from lightning_knnmt.backbone.pretrained import PretrainedModel
-from lightning_knnmt.backbone.stepwise import Seq2SeqStepwise
+from lightning_knnmt.backbone.row_decoder import RowDecoder
 from lightning_knnmt.backbone.tokenization import token_ids
 from lightning_knnmt.checks import check_texts
 
@@ -79,9 +79,9 @@ class Seq2SeqModel(PretrainedModel):
         """The Hugging Face model, and the token that every translation begins with, if it is forced."""
         return self.model, {} if self.forced_id is None else {"forced_bos_token_id": self.forced_id}
 
-    def stepwise(self, batch: Batch, beams: int) -> Seq2SeqStepwise:
-        """Decoding of a batch, one step at a time."""
-        return Seq2SeqStepwise(self, self.start_id, batch, beams)
+    def stepwise(self, beams: int) -> RowDecoder:
+        """Decoding one step at a time."""
+        return self.family.decoder(self, beams)
 
     def generate(self, batch: Batch, **options: Any) -> Tensor:
         """Hugging Face's `generate`, begun as the target language asks, shape (sequences, T)."""

@@ -1,7 +1,7 @@
-"""Translation of texts with a mixture, through the model's own `generate`."""
+"""Translation of texts with a mixture: by the own search where it knows all options, else by the model's `generate`."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -13,7 +13,10 @@ from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.checks import check_at_least, check_one_of, check_texts
 from lightning_knnmt.data.sentences import join
-from lightning_knnmt.decoding.search import search, search_options
+from lightning_knnmt.decoding.options import SearchOptions, search_options
+from lightning_knnmt.decoding.prediction import Predictor
+from lightning_knnmt.decoding.projection import Projection
+from lightning_knnmt.decoding.search import Waiting, search
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
 from lightning_knnmt.knn.step import Step, sentences_of_rows
 from lightning_knnmt.timing import Spans
@@ -53,6 +56,7 @@ _NUMBERS = (
 
 
 Loop = Literal["own", "generate"]
+ENTERING = 4  # a fraction of the batch: so many sentences enter at a time, since an encoder likes company
 
 
 @dataclass(frozen=True)
@@ -108,6 +112,7 @@ class Translator:
                 f"expected at most {limit}"
             )
         self.model, self.mixture, self.decoding = model, mixture, decoding
+        self._project = Projection(model)
 
     def translate(self, sources: Sequence[str]) -> Translations:
         """Translate texts, batched by length.
@@ -122,41 +127,86 @@ class Translator:
         order = sorted(range(len(pieces)), key=lambda number: -len(pieces[number]))
         translated = [""] * len(pieces)
         tokens = cut = 0
-        for start in range(0, len(order), self.decoding.batch_size):
-            numbers = order[start : start + self.decoding.batch_size]
-            with spans.span("decode"):
-                batch = self.model.batch([pieces[number] for number in numbers])
-                sequences = self.generate(batch, spans)
+        for numbers, sequences, shortened in self._sequences(pieces, order, spans):
             decoded = self.model.tokenizer.batch_decode(sequences, skip_special_tokens=True)
             tokens += self._count(sequences)
-            cut += batch.cut
+            cut += shortened
             for number, text in zip(numbers, decoded, strict=True):
                 translated[number] = text
         rest = iter(translated)
         texts = [join(itertools.islice(rest, len(of_text)), of_text) for of_text in sentences]
         return Translations(texts, tokens, spans.seconds["decode"], spans, cut)
 
+    def _sequences(
+        self, pieces: list[str], order: list[int], spans: Spans
+    ) -> Iterator[tuple[list[int], list[Tensor], int]]:
+        """Numbers of sentences, their translations' token ids, and how many were cut, batch by batch."""
+        room, options = self.decoding.batch_size, self._options()
+        if options is not None and self._enter(options):
+            cut = 0
+
+            def batches() -> Iterator[tuple[Batch, Tensor]]:
+                nonlocal cut
+                each = max(1, room // ENTERING)
+                for start in range(0, len(order), each):
+                    batch = self.model.batch([pieces[number] for number in order[start : start + each]])
+                    cut += batch.cut
+                    yield batch, torch.tensor(order[start : start + each])
+
+            with spans.span("decode"):
+                found = search(self._predictor(options, spans), Waiting(batches(), room))
+            yield list(found), list(found.values()), cut
+            return
+        for start in range(0, len(order), room):
+            numbers = order[start : start + room]
+            with spans.span("decode"):
+                batch = self.model.batch([pieces[number] for number in numbers])
+                sequences = self.generate(batch, spans)
+            yield numbers, list(sequences), batch.cut
+
     def generate(self, batch: Batch, spans: Spans) -> Tensor:
         """Token ids of the translations of a batch, shape (B, 1 + T); the first is the decoder's start.
 
         Args:
             batch: B sentences.
-            spans: Receives the time of `search` and `mix`, counted in rows.
+            spans: Receives the time of the parts, counted in rows.
         """
-        beams, longest, options = self.decoding.beams, self.decoding.max_new_tokens, self.decoding.options
-        rules = self.model.search_rules() if self.decoding.loop == "own" else None
-        own = None if rules is None else search_options(rules[0], {**rules[1], **options}, beams, longest)
+        own = self._options()
         if own is not None:
             _begin(self.mixture, batch, spans)
-            with torch.inference_mode():
-                decoder = self.model.stepwise(batch, beams)
-                return search(decoder, lambda step: self.mixture.mixed(step, spans), len(batch), own)
+            waiting = Waiting(iter([(batch, torch.arange(len(batch)))]), len(batch))
+            found = search(self._predictor(own, spans), waiting)
+            longest = max(map(len, found.values()))
+            return torch.stack([
+                torch.cat([row, row.new_full((longest - len(row),), own.pad_id)]) for _, row in sorted(found.items())
+            ])  # fmt: skip
+        decoding = self.decoding
         with mixing(self.model, self.mixture, batch, spans):
-            return self.model.generate(batch, num_beams=beams, max_new_tokens=longest, **options)
+            return self.model.generate(
+                batch, num_beams=decoding.beams, max_new_tokens=decoding.max_new_tokens, **decoding.options
+            )
 
-    def _count(self, sequences: Tensor) -> int:
+    def _options(self) -> SearchOptions | None:
+        """What the own search goes by; None: only `generate` can do what is asked for."""
+        decoding = self.decoding
+        rules = self.model.search_rules() if decoding.loop == "own" else None
+        if rules is None:
+            return None
+        return search_options(rules[0], {**rules[1], **decoding.options}, decoding.beams, decoding.max_new_tokens)
+
+    def _predictor(self, options: SearchOptions, spans: Spans) -> Predictor:
+        decoder = self.model.stepwise(options.beams)
+        mixture = PlainModel() if self.mixture.changes_nothing else self.mixture
+        return Predictor(decoder, self._project, mixture, options, spans)
+
+    def _enter(self, options: SearchOptions) -> bool:
+        """Whether sentences may enter a search as others leave it."""
+        grows = self.model.stepwise(options.beams).grows
+        return grows and not options.processors and not self.mixture.prepares
+
+    def _count(self, sequences: list[Tensor]) -> int:
         special = set(self.model.tokenizer.all_special_ids)
-        return sum(token not in special for row in sequences.tolist() for token in row)
+        return sum(token not in special for row in sequences for token in row.tolist())
 
 
 def mixing(

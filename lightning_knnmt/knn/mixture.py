@@ -58,6 +58,11 @@ class Mixture:
         """Whether this is the plain model, and nothing need be searched."""
         return self.combiner.changes_nothing
 
+    @property
+    def prepares(self) -> bool:
+        """Whether `begin` prepares for a batch, so that all of its sentences are to be decoded together."""
+        return type(self.retriever).begin is not Retriever.begin
+
     def begin(self, batch: "Batch") -> None:
         """Prepare for B sentences."""
         self.retriever.begin(batch)
@@ -98,6 +103,7 @@ class PlainModel:
     """The mixture without neighbors: the model's own prediction."""
 
     changes_nothing = True
+    prepares = False
 
     def begin(self, batch: "Batch") -> None:
         """Nothing to prepare."""

@@ -39,12 +39,21 @@ class Embedding(nn.Module):
         self.scale, self.dropout = math.sqrt(config.d_model), config.dropout
         self._positions = torch.empty(0, config.d_model)  # no buffer: made anew wherever it is needed
 
-    def forward(self, tokens: nn.Embedding, ids: Tensor, start: int = 0) -> Tensor:
-        """Embed ids of shape (R, T) that stand at positions `start` and after, giving (R, T, D)."""
+    def forward(self, tokens: nn.Embedding, ids: Tensor, start: int | Tensor = 0) -> Tensor:
+        """Embed ids of shape (R, T) that stand at positions `start` and after, giving (R, T, D).
+
+        Args:
+            tokens: The embeddings.
+            ids: Token ids.
+            start: The first one's position; a tensor (R,): those of single tokens, T = 1.
+        """
         scale = (ids != self.pad_id).unsqueeze(-1) * self.scale  # [R, T, 1]
         weight = tokens.weight
         embedded = F.embedding(ids, weight) * scale.to(weight.dtype)
-        positions = self._table(start + ids.shape[1], weight)[start : start + ids.shape[1]]
+        if isinstance(start, Tensor):
+            positions = self._table(int(start.max()) + 1, weight)[start].unsqueeze(1)  # [R, 1, D]
+        else:
+            positions = self._table(start + ids.shape[1], weight)[start : start + ids.shape[1]]
         return F.dropout(embedded + positions, self.dropout, self.training)
 
     def _table(self, length: int, like: Tensor) -> Tensor:
