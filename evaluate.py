@@ -44,6 +44,7 @@ from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.loading import check_memory
 from lightning_knnmt.memory import DatastoreMemory, open_memory
+from lightning_knnmt.metric import Metric
 from lightning_knnmt.storage.files import file_sha256, write_json, write_text
 from lightning_knnmt.storage.ranks import Processes, Ranks
 from lightning_knnmt.timing import peak_memory_mb
@@ -198,7 +199,8 @@ def evaluate(
         text = f"{table}\n\n{settings_line(content)}\n\n{systems_lines(content)}{note}\n"
         write_text(out / "results.md", text)
         searched = translation_memory if datastore is None else datastore
-        write_text(out / "translate.yaml", translate_config(backbone, searched, index, first.mixture, decoding) + "\n")
+        config = translate_config(backbone, searched, index, first.mixture, decoding, first.memory.metric)
+        write_text(out / "translate.yaml", config + "\n")
         lists = {
             f"{name}: {details[name]['index']['factory']}": sizes
             for name, memory in on_disk.items()
@@ -315,10 +317,15 @@ def _most_improved(results: dict[str, SystemResult], references: list[str]) -> l
 
 
 def translate_config(
-    backbone: BackboneConfig, searched: Path | CorpusFile | None, index: str, mixture: MixtureConfig, decoding: Decoding
+    backbone: BackboneConfig,
+    searched: Path | CorpusFile | None,
+    index: str,
+    mixture: MixtureConfig,
+    decoding: Decoding,
+    metric: Metric = "l2",
 ) -> str:
     """A configuration with which `translate.py` uses the same settings; the device is chosen anew."""
-    memory: dict[str, Any] = {"datastore": str(searched), "index": index}
+    memory: dict[str, Any] = {"datastore": str(searched), "index": index, "metric": metric}
     if isinstance(searched, CorpusFile):
         corpus = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(searched).items()}
         memory = {"translation_memory": corpus}

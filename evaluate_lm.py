@@ -70,6 +70,7 @@ def evaluate_lm(
     splits = {"test": test} if tuning is None else {"test": test, "validation": tuning.validation}
     pairs = {name: list(read_pairs(corpus)) for name, corpus in splits.items()}
     with open_memory(datastore, index, mmap, index_device) as memory:
+        metric = memory.metric
         stored = (pair for shard in memory.datastore.shards for pair in shard.pairs())
         check_documents_apart({"the datastore": stored, **pairs})
         model = backbone.load()
@@ -112,7 +113,8 @@ def evaluate_lm(
     )
     write_json(out / "results.json", content)
     write_text(out / "results.md", f"{table}\n\n{line}\n")
-    write_text(out / "translate.yaml", translate_config(backbone, datastore, index, chosen, decoding) + "\n")
+    config = translate_config(backbone, datastore, index, chosen, decoding, metric)
+    write_text(out / "translate.yaml", config + "\n")
     log.info("\n%s\n\n%s\n\nwritten to %s", table, line, out / "results.json")
 
 

@@ -23,6 +23,7 @@ from lightning_knnmt.knn.mixture import Mixture
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings
 from lightning_knnmt.loading import open_translator
+from lightning_knnmt.metric import Metric
 from lightning_knnmt.storage.files import PartialFile, durable_file
 from lightning_knnmt.storage.ranks import Processes, started_processes
 
@@ -44,6 +45,7 @@ def translate(
     index_device: Device = "cpu",
     mmap: bool = False,
     translation_memory: CorpusFile | None = None,
+    metric: Metric | None = None,
     processes: Processes = Processes(),
 ) -> None:
     """Translate UTF-8 text, one sentence a line, with the neighbors of a datastore or with the plain model.
@@ -67,6 +69,7 @@ def translate(
         index_device: Where the index is searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there if FAISS can.
         mmap: Leave the index's entries on the disk, for an index that is larger than memory.
         translation_memory: Pairs as they stand, for a retriever that needs no stored keys; in place of a datastore.
+        metric: That of the index, by which temperature and λ were chosen; an index of another is refused. None: any.
         processes: Processes that share the sentences and search together, each with its part of an index that was
             built with `layout: shards`; the first reads and writes.
     """
@@ -93,7 +96,7 @@ def translate(
         start = (lambda model: stack.enter_context(processes.start(model))) if several else None
         translator = open_translator(
             backbone, datastore, index, knn, retriever, combiner, gate, decoding, index_device, mmap,
-            translation_memory, start,
+            translation_memory, metric, start,
         )  # fmt: skip
         source: BinaryIO = sys.stdin.buffer if input == "-" else stack.enter_context(open_bytes(Path(input), True))
         out: Any = sys.stdout.buffer

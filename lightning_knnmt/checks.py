@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def check_at_least(least: int, **options: int | None) -> None:
@@ -146,7 +146,9 @@ def check_types(instance: Any) -> None:
     for name, hint in get_type_hints(type(instance)).items():
         kind = hint if isinstance(hint, UnionType) else get_origin(hint) or hint
         value = getattr(instance, name)
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if kind is Literal:
+            check_one_of(get_args(hint), **{name: value})
+        elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise ValueError(f"{name} is {str(value)[:40]!r}, expected {getattr(kind, '__name__', kind)}")
 
 

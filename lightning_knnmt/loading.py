@@ -18,6 +18,7 @@ from lightning_knnmt.knn.pair_memory import PairMemory
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.memory import DatastoreMemory, open_memory
+from lightning_knnmt.metric import Metric
 from lightning_knnmt.storage.ranks import Ranks
 
 
@@ -33,6 +34,7 @@ def open_translator(
     index_device: Device = "cpu",
     mmap: bool = False,
     translation_memory: CorpusFile | None = None,
+    metric: Metric | None = None,
     start: Callable[[KeyedModel], Ranks] | None = None,
 ) -> SharedTranslator:
     """Load a model, open its datastore, and put them together; the datastore stays open as long as the translator is.
@@ -49,6 +51,7 @@ def open_translator(
         index_device: Where the index is searched.
         mmap: Leave the index's entries on the disk.
         translation_memory: Pairs as they stand, for a retriever that needs no stored keys; in place of a datastore.
+        metric: That of the index, by which the settings were chosen; another is refused. None: any.
         start: Starts the processes that share the sentences and the index; None: this one alone.
     """
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
@@ -56,11 +59,12 @@ def open_translator(
     pairs = None if translation_memory is None else list(read_pairs(translation_memory))
     memory: DatastoreMemory | None = None
     if datastore is not None and start is None:
-        memory = open_memory(datastore, index, mmap, index_device)  # what is wrong with it is said before a model loads
+        # what is wrong with it is said before a model loads
+        memory = open_memory(datastore, index, mmap, index_device, metric=metric)
     model = backbone.load()
     ranks = Ranks() if start is None else start(model)
     if datastore is not None and memory is None:
-        memory = open_memory(datastore, index, mmap, index_device, ranks)
+        memory = open_memory(datastore, index, mmap, index_device, ranks, metric)
     searched = memory if pairs is None else PairMemory(model, pairs)
     mixture = PlainModel() if searched is None else chosen.open(model, searched)
     return SharedTranslator(model, mixture, decoding, ranks, memory)

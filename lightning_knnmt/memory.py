@@ -20,6 +20,7 @@ from lightning_knnmt.index.report import IndexReport
 from lightning_knnmt.index.rescoring import rescore as rescored
 from lightning_knnmt.index.search_index import SearchIndex
 from lightning_knnmt.knn.neighbors import Neighbors, no_neighbors
+from lightning_knnmt.metric import Metric
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.snapshot import open_together
 
@@ -51,12 +52,22 @@ class DatastoreMemory:
                 f"the index holds keys of {index.key_size} dimensions and the datastore {datastore.folder} of "
                 f"{datastore.key_size}; build the index again"
             )
+        if report is not None and report.metric != index.metric:
+            raise DatastoreError(
+                f"the index of {datastore.folder} is searched by metric {index.metric}, expected {report.metric}, by "
+                "which it was built"
+            )
         self.datastore, self.index, self.report = datastore, index, report
 
     @property
     def key_size(self) -> int:
         """D."""
         return self.datastore.key_size
+
+    @property
+    def metric(self) -> Metric:
+        """By what entries are near: as the index was built."""
+        return self.index.metric
 
     @property
     def nlist(self) -> int | None:
@@ -92,7 +103,7 @@ class DatastoreMemory:
                 f"{len(self)}; build the index again"
             )
         if rescore:
-            distances, ids = rescored(rows, ids, self._keys, k)
+            distances, ids = rescored(rows, ids, self._keys, k, self.metric)
         entries = torch.from_numpy(ids)
         weights = None if self._weights is None else self._weights[entries.clamp(min=0)]
         found = Neighbors(torch.from_numpy(distances), self.values_of(entries), entries, weights)
@@ -159,6 +170,7 @@ def open_memory(
     mmap: bool = False,
     device: Device = "cpu",
     ranks: "Ranks | None" = None,
+    metric: Metric | None = None,
 ) -> DatastoreMemory:
     """Open a datastore and one of its indexes; what is open stays what it was, though others change it.
 
@@ -169,9 +181,11 @@ def open_memory(
         device: Where the index is searched, as in `open_index`.
         ranks: This process's place among several, each of which holds a share of an index built with `layout: shards`;
             all of them search together. None: this process holds the whole index.
+        metric: By what it is to be searched; None: as the index was built.
 
     Raises:
-        DatastoreError: The datastore or the index is missing or damaged, or they do not belong together.
+        DatastoreError: The datastore or the index is missing or damaged, they do not belong together, or the index was
+            built for another metric.
         ValueError: FAISS has no GPU, or no GPU version of the index, where one is asked for.
     """
     folder = Path(folder)
@@ -179,13 +193,19 @@ def open_memory(
     def attempt() -> DatastoreMemory:
         store = Datastore(folder)
         try:
+            report = read_report(store, index)
+            if metric not in (None, report.metric):
+                raise DatastoreError(
+                    f"metric is {metric}, expected {report.metric}, by which the index {index!r} of {folder} was "
+                    "built; settings such as the temperature are those of one metric"
+                )
             opened: SearchIndex
             if ranks is None or ranks.size == 1:
                 opened = open_index(store, index, mmap, device)
             else:
                 share = open_parts(store, ranks.rank, ranks.size, index, mmap, device)
                 opened = DistributedIndex(share, ranks.group)
-            return DatastoreMemory(store, opened, read_report(store, index))
+            return DatastoreMemory(store, opened, report)
         except BaseException:
             store.close()
             raise

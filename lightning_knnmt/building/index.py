@@ -19,6 +19,7 @@ from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.factory import RawIndex, refusing
 from lightning_knnmt.index.faiss_index import FaissIndex, read_index, write_index
 from lightning_knnmt.index.gpu import Gpus, adder, find_gpus
+from lightning_knnmt.index.layers import seen_by
 from lightning_knnmt.index.merging import clear_padding, merge, reserve
 from lightning_knnmt.index.report import IndexPart, IndexReport
 from lightning_knnmt.index.training import Training, train
@@ -31,6 +32,8 @@ from lightning_knnmt.storage.ranks import Ranks
 from lightning_knnmt.timing import Spans
 
 log = logging.getLogger(__name__)
+
+TRAINED = ("factory", "metric", "unit_centroids", "train_points", "seed", "split_lists")  # decide what an index is
 
 
 def build_index(datastore: Datastore, config: IndexConfig, ranks: Ranks = Ranks()) -> IndexReport:
@@ -142,7 +145,7 @@ class IndexBuild:
             log.warning("%s is damaged; it is built again", damaged)
             return None
         training = Training.plan(self.datastore, self.config, existing.trained_entries)
-        wanted = {name: getattr(training, name) for name in ("factory", "train_points", "seed", "split_lists")}
+        wanted = {name: getattr(training, name) for name in TRAINED}
         wanted["layout"] = self.config.layout
         there = {name: getattr(existing, name) for name in wanted}
         differences = [f"{name} {there[name]} against {wanted[name]}" for name in wanted if there[name] != wanted[name]]
@@ -242,7 +245,7 @@ class IndexBuild:
             reserve(index, int(index.ntotal) + entries)
             for keys in chunks:
                 with refusing(self.training.factory, "add keys to in their order", "one without IDMap"):
-                    add(keys.astype(np.float32))
+                    add(seen_by(keys.astype(np.float32), self.training.metric))
                 progress.update(len(keys))
 
     def _finish(self, index: RawIndex, parts: tuple[IndexPart, ...] = ()) -> IndexReport:
@@ -284,10 +287,12 @@ class IndexBuild:
             parts: The files of the parts.
             others: Fields of the description that say what happened after training.
         """
+        metric = self.training.metric
         sizes: list[NDArray[np.int64]] = []
         lists: list[NDArray[np.int32]] = []
-        of_parts = (FaissIndex.load(self.part(number).path) for number in range(len(parts)))
-        for part in of_parts if parts else [FaissIndex(index)]:  # one at a time: they may not fit into memory
+        of_parts = (FaissIndex.load(self.part(number).path, metric=metric) for number in range(len(parts)))
+        # one at a time: they may not fit into memory
+        for part in of_parts if parts else [FaissIndex(index, metric=metric)]:
             if (of_part := part.list_sizes()) is not None and (assigned := part.list_of_entries()) is not None:
                 sizes.append(of_part)
                 lists.append(assigned)
@@ -300,6 +305,8 @@ class IndexBuild:
             train_points=self.training.train_points,
             seed=self.training.seed,
             split_lists=self.training.split_lists,
+            metric=self.training.metric,
+            unit_centroids=self.training.unit_centroids,
             imbalance_factor=imbalance_factor(torch.from_numpy(np.sum(sizes, axis=0))) if sizes else None,
             homogeneity=homogeneity(torch.from_numpy(np.concatenate(lists)), tokens) if lists else None,
             datastore_sha256=self.training.datastore_sha256,

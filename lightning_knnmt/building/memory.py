@@ -19,6 +19,7 @@ from lightning_knnmt.datastore import Datastore, Provenance
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.knn.memory import RamMemory
 from lightning_knnmt.memory import DatastoreMemory, open_memory
+from lightning_knnmt.metric import Metric
 
 BATCH_TOKENS = 4096  # most tokens of a batch on either side, padding counted
 
@@ -37,7 +38,7 @@ def build_memory(
         sources: Source texts.
         targets: Their translations.
         folder: Where a datastore goes that is searched by an index; None: keys stay in RAM and are searched exactly.
-        index: The datastore's index.
+        index: The datastore's index; of a memory in RAM, only its metric counts.
 
     Raises:
         TypeError: A string is given in place of a list.
@@ -54,11 +55,11 @@ def build_memory(
     if empty := [number for number, target in enumerate(targets) if not target.strip()]:
         raise ValueError(f"targets has an empty text at {empty[0]}, expected a translation of every source")
     pairs = list(model.split_pairs(Pair(src, tgt) for src, tgt in zip(sources, targets, strict=True)))
-    return _in_ram(model, pairs) if folder is None else _on_disk(model, pairs, Path(folder), index)
+    return _in_ram(model, pairs, index.metric) if folder is None else _on_disk(model, pairs, Path(folder), index)
 
 
 @torch.inference_mode()
-def _in_ram(model: KeyedModel, pairs: list[Pair]) -> RamMemory:
+def _in_ram(model: KeyedModel, pairs: list[Pair], metric: Metric) -> RamMemory:
     ids = model.tokenize([pair.src for pair in pairs], [pair.tgt for pair in pairs]) if pairs else TokenIds([], [], 0)
     lengths = [len(row) for row in ids.tgt]
     longer = [max(len(src), len(tgt)) for src, tgt in zip(ids.src, ids.tgt, strict=True)]
@@ -71,7 +72,7 @@ def _in_ram(model: KeyedModel, pairs: list[Pair]) -> RamMemory:
     if not stored.isfinite().all():
         raise ValueError("a key is too large for float16; use the other key_type")
     values = torch.tensor([token for row in ids.tgt for token in row], dtype=torch.long, device=model.device)
-    return RamMemory(stored, values, pairs, lengths, Provenance.of(model))
+    return RamMemory(stored, values, pairs, lengths, Provenance.of(model), metric=metric)
 
 
 def _on_disk(model: KeyedModel, pairs: list[Pair], folder: Path, index: IndexConfig) -> DatastoreMemory:

@@ -26,7 +26,7 @@ class ExplainedNeighbor:
         context: The sentence pair and the position in its target.
         marked: The target with the token in brackets, cut to what surrounds it.
         token: The token that followed in that context.
-        distance: Squared L2 distance of its key.
+        distance: Distance of its key, squared L2 or a negative similarity as `Neighbors` has it.
         share: Its share of the kNN distribution; the shares of all k neighbors sum to 1.
     """
 

@@ -35,8 +35,9 @@ class Grid:
     Attributes:
         k: Numbers of neighbors.
         lambda_: Shares of the neighbors, each in (0, 1).
-        temperature: Temperatures, in units of squared distance; None: multiples of the distance that half of the
-            nearest neighbors have, since T scales with the keys' squared norm.
+        temperature: Temperatures, in units of distance; None: multiples of the squared distance that half of the
+            nearest neighbors have, since T scales with the keys' squared norm; of similarities, whose zero means
+            nothing, of the median lead of the nearest neighbor over the farthest one that is found.
         nprobe: Numbers of lists to scan.
         others: Values of further options by their names, such as the `threshold` of a gate.
         nprobe_tolerance: The smallest nprobe is taken whose best log-likelihood per token is within this many nats of
@@ -243,7 +244,7 @@ def _nearest(
     grid: Grid,
     values: Mapping[str, list[Any]],
 ) -> tuple[Tensor, float]:
-    """Distances of the nearest neighbors of all references, shape (N,), and the queries' mean squared norm."""
+    """What temperatures scale with (`Grid`), of each reference, shape (N,), and the queries' mean squared norm."""
     first = {name: found[0] for name, found in values.items()}
     if "k" in values:
         first["k"] = max(values["k"])
@@ -252,9 +253,12 @@ def _nearest(
     for reference in reference_steps(model, pairs, grid.max_tokens):
         opened.begin(reference.batch)
         found = opened.neighbors(reference.step).distances
-        distances.append(found[:, 0] if found.shape[1] else found.flatten())
+        nearest = found[:, 0] if found.shape[1] else found.flatten()
+        if memory.metric != "l2" and found.shape[1]:
+            nearest = found.masked_fill(found.isinf(), -torch.inf).amax(1) - nearest
+        distances.append(nearest)
         norms.append(reference.step.queries.square().sum(1))
-    return torch.cat(distances), float(torch.cat(norms).mean())
+    return torch.cat(distances), 1.0 if memory.metric == "cos" else float(torch.cat(norms).mean())
 
 
 def _distinct(nprobe: Sequence[int], nlist: int | None) -> list[int]:
@@ -270,7 +274,8 @@ def default_temperatures(
     A context that is stored as it is lies nearer than fp16 can tell; such rows say nothing about the scale.
 
     Args:
-        nearest: Squared L2 distance of the nearest neighbor of each row, +inf where there is none, shape (N,).
+        nearest: What temperatures scale with: the squared L2 distance of each row's nearest neighbor, +inf where
+            there is none, or the lead of the nearest neighbor in similarity, shape (N,).
         squared_norm: Mean squared norm of the queries, from which a scale is guessed if all rows are such.
         shares: Multiples of that distance.
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lightning_knnmt.checks import check_at_least, check_one_of, shorten
+from lightning_knnmt.metric import Metric
 from lightning_knnmt.storage.layout import RESERVED
 
 Layout = Literal["whole", "shards"]
@@ -22,6 +23,10 @@ class IndexConfig:
 
     Attributes:
         factory: FAISS factory string, such as `IVF2048,PQ64x4fs`; `auto` chooses from N and D.
+        metric: By what keys are near: `l2`, squared distance; `ip`, inner product; `cos`, inner product of keys and
+            queries of unit norm. Keys that share a direction make lists uneven under `ip` with centroids of any norm
+            (docs/dispersion.md).
+        spherical: Whether the centroids of lists have unit norm, under `ip` and `cos`; None: they do.
         train_points: Keys that k-means and the codes are trained on, drawn uniformly from the whole datastore;
             None: 64 for each list, at least 65,536.
         seed: Seed of the sample.
@@ -41,6 +46,8 @@ class IndexConfig:
     """
 
     factory: str = "auto"
+    metric: Metric = "l2"
+    spherical: bool | None = None
     train_points: int | None = None
     seed: int = 1
     split_lists: float = 0.0
@@ -55,6 +62,9 @@ class IndexConfig:
         check_at_least(1, train_points=self.train_points, chunk=self.chunk, part_entries=self.part_entries)
         check_at_least(0, seed=self.seed)
         check_factory(self.factory)
+        check_one_of(get_args(Metric), metric=self.metric)
+        if self.metric == "l2" and self.spherical:
+            raise ValueError("spherical is True, expected none with l2, whose centroids are means; choose ip or cos")
         if not 0 <= self.split_lists < 1:
             raise ValueError(f"split_lists is {self.split_lists}, expected 0 or more and less than 1")
         check_one_of(get_args(Layout), layout=self.layout)
@@ -63,6 +73,11 @@ class IndexConfig:
             raise ValueError(f"name is {self.name!r}, expected a file name without folders and dots")
         if self.name in RESERVED:
             raise ValueError(f"name is {self.name!r}, expected another than those that the datastore uses itself")
+
+    @property
+    def unit_centroids(self) -> bool:
+        """Whether the centroids of lists have unit norm."""
+        return self.metric != "l2" and self.spherical is not False
 
 
 def check_factory(factory: str) -> None:

@@ -9,6 +9,7 @@ from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.index.faiss_index import FaissIndex, nearest
 from lightning_knnmt.index.filtered import FilteredIndex
 from lightning_knnmt.index.search_index import Distances, Ids
+from lightning_knnmt.metric import Metric
 
 
 class DistributedIndex:
@@ -48,6 +49,11 @@ class DistributedIndex:
     def key_size(self) -> int:
         """D."""
         return self.share.key_size
+
+    @property
+    def metric(self) -> Metric:
+        """By what entries are near."""
+        return self.share.metric
 
     @property
     def nlist(self) -> int | None:

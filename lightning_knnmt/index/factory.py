@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import faiss
 
 from lightning_knnmt.index.config import IndexConfig
-from lightning_knnmt.index.layers import innermost, returns_hamming
+from lightning_knnmt.index.layers import FAISS_METRICS, find_ivf, innermost, returns_hamming
+from lightning_knnmt.metric import Metric
 
 RawIndex = faiss.Index  # of any family; others need not import FAISS to name it
 REFINED = 4  # candidates for each neighbor that a Refine index scores again; FAISS's 1 would only correct distances
@@ -34,24 +35,28 @@ def refusing(factory: str, what: str, expected: str) -> Iterator[None]:
         raise ValueError(f"factory is {factory!r}, which FAISS cannot {what} ({error}); expected {expected}") from error
 
 
-def make_index(factory: str, key_size: int) -> faiss.Index:
+def make_index(factory: str, key_size: int, metric: Metric = "l2", unit_centroids: bool = True) -> faiss.Index:
     """An index that is neither trained nor filled.
 
     Args:
         factory: FAISS factory string.
         key_size: D.
+        metric: By what keys are near; for `cos`, keys and queries are given with unit norm (`layers.seen_by`).
+        unit_centroids: Whether centroids of lists get unit norm, under `ip` and `cos`.
 
     Raises:
-        ValueError: FAISS cannot make it, or its distances would not be squared L2.
+        ValueError: FAISS cannot make it, or its distances would count bits.
     """
     known = "a factory string such as Flat, IVF1024,PQ64x4fs or HNSW32, with a number of sub-quantizers that divides D"
     with refusing(factory, f"make for keys of {key_size} dimensions", known):
-        index = faiss.index_factory(key_size, factory, faiss.METRIC_L2)
+        index = faiss.index_factory(key_size, factory, FAISS_METRICS[metric])
     if returns_hamming(index):
         raise ValueError(
-            f"factory is {factory!r}, whose distances count bits that differ; expected squared L2, from codes such as "
-            "SQ8, PQ64x4fs or RaBitQ2"
+            f"factory is {factory!r}, whose distances count bits that differ; expected squared L2 or inner products, "
+            "from codes such as SQ8, PQ64x4fs or RaBitQ2"
         )
+    if (ivf := find_ivf(index)) is not None:
+        ivf.cp.spherical = metric != "l2" and unit_centroids
     if isinstance(index, faiss.IndexRefine):
         index.k_factor = REFINED
     if hasattr(codes := innermost(index), "do_polysemous_training"):
@@ -66,4 +71,4 @@ def check_fits(config: IndexConfig, key_size: int) -> None:
         ValueError: It does not.
     """
     if config.factory != "auto":
-        make_index(config.factory, key_size)
+        make_index(config.factory, key_size, config.metric, config.unit_centroids)

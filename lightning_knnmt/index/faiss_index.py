@@ -9,8 +9,17 @@ from numpy.typing import NDArray
 
 from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.index.gpu import MOST_ON_GPU, Gpus
-from lightning_knnmt.index.layers import at_lists, find_graph, find_ivf, inverted_lists, returns_hamming
+from lightning_knnmt.index.layers import (
+    FAISS_METRICS,
+    at_lists,
+    find_graph,
+    find_ivf,
+    inverted_lists,
+    returns_hamming,
+    seen_by,
+)
 from lightning_knnmt.index.search_index import Distances, Ids
+from lightning_knnmt.metric import Metric
 from lightning_knnmt.storage.files import durable_file, file_sha256
 
 __all__ = ["FaissIndex", "find_ivf", "nearest", "read_index", "write_index"]
@@ -23,7 +32,7 @@ faiss.cvar.distance_compute_blas_threshold = min(faiss.cvar.distance_compute_bla
 class FaissIndex:
     """A FAISS index over the entries of a datastore, in one part or several that were trained as one.
 
-    Distances are squared L2, smaller is nearer. Ids are entry numbers.
+    Distances are those of `knn.Neighbors`: smaller is nearer, and similarities enter as −d. Ids are entry numbers.
 
     Attributes:
         index: The first part, which is the whole index if there is only one.
@@ -34,21 +43,22 @@ class FaissIndex:
         index: The FAISS index of the first part, or of all entries.
         others: Those of further parts, whose entries follow.
         first: Number of the first entry.
+        metric: By what its entries are near.
 
     Raises:
-        ValueError: Its distances are not squared L2.
+        ValueError: FAISS's metric is another.
     """
 
-    def __init__(self, index: faiss.Index, *others: faiss.Index, first: int = 0) -> None:
-        parts = (index, *others)
+    def __init__(self, index: faiss.Index, *others: faiss.Index, first: int = 0, metric: Metric = "l2") -> None:
+        parts, number = (index, *others), FAISS_METRICS[metric]
         for part in parts:
-            if part.metric_type != faiss.METRIC_L2:
-                raise ValueError(
-                    f"the index has FAISS metric {part.metric_type}, expected METRIC_L2 (1); build it anew"
-                )
+            if part.metric_type != number:
+                name = "METRIC_L2 (1)" if metric == "l2" else f"METRIC_INNER_PRODUCT (0) for {metric}"
+                raise ValueError(f"the index has FAISS metric {part.metric_type}, expected {name}; build it anew")
             if returns_hamming(part):
                 raise ValueError("the index counts bits that differ, expected squared L2 distances; build it anew")
         self.index, self.parts = index, parts
+        self.metric: Metric = metric
         self._starts = first + np.cumsum([0, *(part.ntotal for part in parts)])  # [part -> first entry]
         self.first = first
         self._ivfs = [ivf for part in parts if (ivf := find_ivf(part)) is not None]
@@ -60,7 +70,7 @@ class FaissIndex:
         self._ef_search: int | None = None  # of the last search; None: as built
 
     @classmethod
-    def load(cls, path: Path, *others: Path, first: int = 0, mmap: bool = False) -> Self:
+    def load(cls, path: Path, *others: Path, first: int = 0, mmap: bool = False, metric: Metric = "l2") -> Self:
         """Read index files.
 
         Args:
@@ -68,12 +78,13 @@ class FaissIndex:
             others: Those of further parts, in order.
             first: Number of the first entry.
             mmap: Leave the entries on the disk, where FAISS can.
+            metric: By what its entries are near.
 
         Raises:
             FileNotFoundError: One does not exist.
             ValueError: FAISS cannot read it.
         """
-        return cls(*(read_index(each, mmap) for each in (path, *others)), first=first)
+        return cls(*(read_index(each, mmap) for each in (path, *others)), first=first, metric=metric)
 
     def save(self, path: Path) -> str:
         """Write the index of a single part, whole or not at all, and return the file's checksum.
@@ -123,7 +134,7 @@ class FaissIndex:
                 the index was built.
 
         Returns:
-            Squared L2 distances and entry numbers, shapes (R, K); where fewer than K entries were found the rest is
+            Distances and entry numbers, shapes (R, K); where fewer than K entries were found the rest is
             +inf and −1.
 
         Raises:
@@ -154,7 +165,7 @@ class FaissIndex:
         """As `search`; more neighbors than a GPU can select are searched on the CPU."""
         parts = self._searched if k <= MOST_ON_GPU else self.parts
         self._choose(nprobe, ef_search)
-        return self._search_in(parts, np.ascontiguousarray(queries, np.float32), k)
+        return self._search_in(parts, seen_by(np.ascontiguousarray(queries, np.float32), self.metric), k)
 
     def _search_in(
         self, parts: "tuple[faiss.Index, ...]", queries: NDArray[np.float32], k: int
@@ -162,6 +173,8 @@ class FaissIndex:
         found = []
         for part, start in zip(parts, self._starts[:-1], strict=True):
             distances, ids = part.search(queries, k)
+            if self.metric != "l2":
+                np.negative(distances, out=distances)
             distances[ids < 0] = np.inf
             ids[ids >= 0] += start
             found.append((distances, ids))
@@ -212,7 +225,7 @@ class FaissIndex:
         if not self._ivfs:
             raise ValueError("the index has no inverted lists, expected one whose factory string has IVF")
         ivf = self._ivfs[0]
-        seen = at_lists(self.index, np.ascontiguousarray(queries, np.float32))
+        seen = at_lists(self.index, seen_by(np.ascontiguousarray(queries, np.float32), self.metric))
         return ivf.quantizer.search(seen, min(nprobe, int(ivf.nlist)))[1]
 
     def codes_scanned(self, queries: NDArray[np.float32], nprobe: int) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from lightning_knnmt.datastore.removed import Removed
 from lightning_knnmt.index.faiss_index import FaissIndex
 from lightning_knnmt.index.search_index import Distances, Ids
+from lightning_knnmt.metric import Metric
 
 EXTRA_PER_REMOVED = 4  # neighbors asked for beyond K at once, for each that is removed on average
 
@@ -33,6 +34,11 @@ class FilteredIndex:
     def key_size(self) -> int:
         """D."""
         return self.whole.key_size
+
+    @property
+    def metric(self) -> Metric:
+        """By what entries are near."""
+        return self.whole.metric
 
     @property
     def nlist(self) -> int | None:

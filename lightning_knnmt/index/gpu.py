@@ -62,9 +62,9 @@ class Gpus:
         """
         return self if size == 1 else replace(self, numbers=(self.numbers[rank % len(self.numbers)],))
 
-    def flat(self, size: int) -> faiss.Index:
+    def flat(self, size: int, metric: int = faiss.METRIC_L2) -> faiss.Index:
         """An empty exact index of vectors of a size; each GPU holds all of them and answers a share of the queries."""
-        return self._copied(faiss.IndexFlatL2(size), shard=False)
+        return self._copied(_flat(size, metric), shard=False)
 
     def copy(self, index: faiss.Index) -> faiss.Index:
         """A copy of an index whose entries are divided between the GPUs; lists are found exactly, not through a graph.
@@ -79,7 +79,7 @@ class Gpus:
         try:
             if ivf is None or isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexFlat):
                 return self._copied(index, shard=True)
-            with _lent(ivf, "quantizer", _with_centroids(faiss.IndexFlatL2(ivf.d), ivf)):
+            with _lent(ivf, "quantizer", _with_centroids(_flat(ivf.d, ivf.metric_type), ivf)):
                 return self._copied(index, shard=True)
         except RuntimeError as error:
             raise ValueError(message.format(error)) from error
@@ -112,7 +112,7 @@ def has_gpu_version(index: faiss.Index) -> bool:
         return has_gpu_version(inner.index)
     if type(inner) is faiss.IndexIVFPQ:
         return bool(inner.pq.nbits == 8)
-    known = (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer)
+    known = (faiss.IndexFlat, faiss.IndexFlatL2, faiss.IndexFlatIP, faiss.IndexIVFFlat, faiss.IndexIVFScalarQuantizer)
     return type(inner) in known  # a class derived from one of them would lose what it adds
 
 
@@ -145,7 +145,7 @@ def adder(index: faiss.Index, gpus: Gpus | None) -> Iterator[Callable[[NDArray[n
 
         yield add
         return
-    nearest = _with_centroids(gpus.flat(ivf.d), ivf)
+    nearest = _with_centroids(_gpu_flat(gpus, ivf), ivf)
     quantizer = faiss.IndexRefine(nearest, ivf.quantizer)  # residuals are taken on the CPU, one by one
     quantizer.k_factor = 2  # two that are equally near on the GPU are told apart as without it
     with _lent(ivf, "quantizer", quantizer):
@@ -182,9 +182,18 @@ def _assigners(index: faiss.Index, gpus: Gpus) -> Iterator[tuple[Any, str, Any]]
         yield from _assigners(inner.refine_index, gpus)
         return
     if isinstance(inner, faiss.IndexIVF):
-        yield inner, "clustering_index", gpus.flat(inner.d)
+        yield inner, "clustering_index", _gpu_flat(gpus, inner)
     if isinstance(getattr(inner, "pq", None), faiss.ProductQuantizer):
         yield inner.pq, "assign_index", gpus.flat(inner.pq.dsub)
+
+
+def _flat(size: int, metric: int) -> faiss.Index:
+    return faiss.IndexFlatL2(size) if metric == faiss.METRIC_L2 else faiss.IndexFlatIP(size)
+
+
+def _gpu_flat(gpus: Gpus, ivf: faiss.IndexIVF) -> faiss.Index:
+    """An exact index that assigns keys to the centroids of lists as their quantizer does."""
+    return gpus.flat(ivf.d) if ivf.metric_type == faiss.METRIC_L2 else gpus.flat(ivf.d, ivf.metric_type)
 
 
 def _with_centroids(flat: faiss.Index, ivf: faiss.IndexIVF) -> faiss.Index:

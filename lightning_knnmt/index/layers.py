@@ -7,6 +7,20 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_knnmt.metric import Metric
+
+FAISS_METRICS: dict[Metric, int] = {
+    "l2": faiss.METRIC_L2, "ip": faiss.METRIC_INNER_PRODUCT, "cos": faiss.METRIC_INNER_PRODUCT
+}  # fmt: skip
+
+
+def seen_by(vectors: NDArray[np.float32], metric: Metric) -> NDArray[np.float32]:
+    """Vectors of shape (N, D) as an index of a metric takes them: of unit norm for `cos`."""
+    if metric == "cos":
+        vectors = np.array(vectors, np.float32, order="C")
+        faiss.normalize_L2(vectors)
+    return vectors
+
 
 def innermost(index: faiss.Index) -> faiss.Index:
     """The index under all transforms and refinements, whose codes are searched first."""

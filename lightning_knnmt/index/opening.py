@@ -130,7 +130,7 @@ def _load(datastore: Datastore, name: str, report: IndexReport, numbers: range, 
         if datastore.hashes(file.name) and file.is_file() and file_sha256(file) != checksums[file]:
             raise DatastoreError(f"{file} is damaged (its checksum is another); build the index again")
     try:
-        index = FaissIndex.load(*files, first=first, mmap=mmap)
+        index = FaissIndex.load(*files, first=first, mmap=mmap, metric=report.metric)
     except (FileNotFoundError, ValueError) as error:
         raise DatastoreError(str(error)) from error
     for file, part, entries in zip(files, index.parts, expected, strict=True):

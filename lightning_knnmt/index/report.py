@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lightning_knnmt.checks import check_types
 from lightning_knnmt.index.config import IndexConfig, Layout, default_train_points
+from lightning_knnmt.metric import Metric
 from lightning_knnmt.storage.artifact import Artifact
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.layout import part_file
@@ -44,6 +45,8 @@ class IndexReport:
         faiss_sha256: Checksum of NAME.faiss.
         seconds: Time of each stage of building.
         split_lists: Share of the lists that come from splitting the longest.
+        metric: By what entries are near.
+        unit_centroids: Whether the centroids of lists have unit norm.
         parts: Where the entries are if not in NAME.faiss, which then holds what was trained only.
         added: Entries that were appended after training.
         trained_imbalance_factor: What the imbalance factor was before; None if nothing was appended, or without lists.
@@ -64,6 +67,8 @@ class IndexReport:
     parts: tuple[IndexPart, ...] = ()
     added: int = 0
     trained_imbalance_factor: float | None = None
+    metric: Metric = "l2"
+    unit_centroids: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -92,6 +97,8 @@ class IndexReport:
         points = None if every_key else self.train_points  # there may be more keys by now
         config = IndexConfig(
             factory=self.factory,
+            metric=self.metric,
+            spherical=None if self.metric == "l2" else self.unit_centroids,
             train_points=points,
             seed=self.seed,
             split_lists=self.split_lists,

@@ -5,6 +5,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_knnmt.metric import Metric
+
 Distances = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
@@ -15,6 +17,11 @@ class SearchIndex(Protocol):
     @property
     def key_size(self) -> int:
         """D."""
+        ...
+
+    @property
+    def metric(self) -> Metric:
+        """By what entries are near."""
         ...
 
     @property
@@ -32,5 +39,5 @@ class SearchIndex(Protocol):
     def search(
         self, queries: NDArray[np.float32], k: int, nprobe: int = 8, ef_search: int | None = None
     ) -> tuple[Distances, Ids]:
-        """Squared L2 distances and entry numbers, shapes (R, K), of queries of shape (R, D)."""
+        """Distances (see `knn.Neighbors`) and entry numbers, shapes (R, K), of queries of shape (R, D)."""
         ...

@@ -2,6 +2,7 @@
 
 import heapq
 from collections.abc import Callable
+from functools import partial
 
 import faiss
 import numpy as np
@@ -19,6 +20,7 @@ def split_centroids(
     iterations: int = 10,
     seed: int = 1,
     flat: Flat = faiss.IndexFlatL2,
+    unit: bool = False,
 ) -> NDArray[np.float32]:
     """k-means with fewer centroids than lists, then the longest list is cut in two until there are enough.
 
@@ -30,7 +32,8 @@ def split_centroids(
         share: Share of the lists that splitting adds, in [0, 1).
         iterations: Of k-means.
         seed: Of k-means.
-        flat: Makes the empty exact index of vectors of size D that assigns all keys to centroids.
+        flat: Makes the empty exact index of vectors of size D that assigns all keys to centroids, by its metric.
+        unit: Whether centroids get unit norm.
 
     Returns:
         Centroids, shape (nlist, D).
@@ -43,7 +46,7 @@ def split_centroids(
     if len(sample) < nlist:
         raise ValueError(f"nlist is {nlist}, but there are only {len(sample)} keys; expected at most one list per key")
     first = max(1, nlist - round(share * nlist))
-    centroids = list(_k_means(sample, first, iterations, seed, flat))
+    centroids = list(_k_means(sample, first, iterations, seed, flat, unit))
     nearest = _nearest(np.stack(centroids), sample, flat)
     members = [np.flatnonzero(nearest == number) for number in range(first)]  # [list -> keys]
     longest = [(-len(keys), number) for number, keys in enumerate(members)]
@@ -51,7 +54,7 @@ def split_centroids(
     while longest and len(centroids) < nlist:
         _, number = heapq.heappop(longest)
         keys = members[number]
-        if (halves := _halve(sample[keys], seed)) is None:
+        if (halves := _halve(sample[keys], seed, flat(1).metric_type, unit)) is None:
             continue  # all alike: nothing can cut it
         two, in_first = halves
         centroids[number], members[number] = two[0], keys[in_first]
@@ -64,7 +67,12 @@ def split_centroids(
 
 
 def give_centroids(
-    index: faiss.Index, sample: NDArray[np.float32], share: float, seed: int, flat: Flat = faiss.IndexFlatL2
+    index: faiss.Index,
+    sample: NDArray[np.float32],
+    share: float,
+    seed: int,
+    flat: Flat = faiss.IndexFlatL2,
+    unit: bool = False,
 ) -> None:
     """Set an untrained index's centroids to those of `split_centroids`; training it then trains its codes only.
 
@@ -74,6 +82,7 @@ def give_centroids(
         share: Share of the lists that splitting adds.
         seed: Of k-means.
         flat: As in `split_centroids`.
+        unit: As in `split_centroids`.
 
     Raises:
         ValueError: The index has no inverted lists.
@@ -82,7 +91,7 @@ def give_centroids(
     if ivf is None:
         raise ValueError(f"split_lists is {share}, but the index has no inverted lists; expected a factory with IVF")
     _train_transforms(index, sample)
-    ivf.quantizer.add(split_centroids(at_lists(index, sample), int(ivf.nlist), share, seed=seed, flat=flat))
+    ivf.quantizer.add(split_centroids(at_lists(index, sample), int(ivf.nlist), share, seed=seed, flat=flat, unit=unit))
 
 
 def _train_transforms(index: faiss.Index, sample: NDArray[np.float32]) -> None:
@@ -98,30 +107,41 @@ def _train_transforms(index: faiss.Index, sample: NDArray[np.float32]) -> None:
         _train_transforms(inner.index, sample)
 
 
-def _halve(keys: NDArray[np.float32], seed: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]] | None:
+def _halve(
+    keys: NDArray[np.float32], seed: int, metric: int, unit: bool
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]] | None:
     """Two centroids and which keys are the first one's; None if the keys are all alike."""
     if len(keys) < 2:
         return None
-    two = _k_means(keys, 2, 5, seed)
-    in_first = _nearest(two, keys) == 0
+    flat = partial(_exact, metric=metric)
+    two = _k_means(keys, 2, 5, seed, flat, unit)
+    in_first = _nearest(two, keys, flat) == 0
     return (two, in_first) if in_first.any() and not in_first.all() else None
 
 
 def _k_means(
-    keys: NDArray[np.float32], number: int, iterations: int, seed: int, flat: Flat = faiss.IndexFlatL2
+    keys: NDArray[np.float32], number: int, iterations: int, seed: int, flat: Flat, unit: bool
 ) -> NDArray[np.float32]:
     clustering = faiss.Kmeans(
-        keys.shape[1], number, niter=iterations, seed=seed, min_points_per_centroid=1, max_points_per_centroid=256
+        keys.shape[1],
+        number,
+        niter=iterations,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=256,
+        spherical=unit,
     )
     clustering.index = flat(keys.shape[1])
     clustering.train(np.ascontiguousarray(keys, np.float32))
     return np.asarray(clustering.centroids)
 
 
-def _nearest(
-    centroids: NDArray[np.float32], keys: NDArray[np.float32], flat: Flat = faiss.IndexFlatL2
-) -> NDArray[np.int64]:
+def _nearest(centroids: NDArray[np.float32], keys: NDArray[np.float32], flat: Flat) -> NDArray[np.int64]:
     """The nearest centroid of each key, shape (N,)."""
     index = flat(centroids.shape[1])
     index.add(np.ascontiguousarray(centroids, np.float32))
     return index.search(np.ascontiguousarray(keys, np.float32), 1)[1][:, 0]
+
+
+def _exact(size: int, metric: int) -> faiss.Index:
+    return faiss.IndexFlat(size, metric)

@@ -11,13 +11,13 @@ from lightning_knnmt.knn.neighbors import Neighbors, no_neighbors
 EXTRA_CANDIDATES = 8  # candidates beyond K, among which rounding cannot hide one of the K nearest
 
 
-def nearest_keys(queries: Tensor, keys: Tensor, norms: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Squared distances and numbers of the nearest of N keys, the smaller number first if equally near.
+def nearest_keys(queries: Tensor, keys: Tensor, norms: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Distances (see `Neighbors`) and numbers of the nearest of N keys, the smaller number first if equally near.
 
     Args:
         queries: Shape (R, D), float32.
         keys: Shape (N, D), float32.
-        norms: Their squared norms, shape (N,).
+        norms: Their squared norms, shape (N,), for squared L2; None: for inner products.
         k: K, no more than N.
 
     Returns:
@@ -28,9 +28,11 @@ def nearest_keys(queries: Tensor, keys: Tensor, norms: Tensor, k: int) -> tuple[
     >>> nearest_keys(torch.zeros(1, 2), keys, keys.square().sum(1), 2)
     (tensor([[1., 9.]]), tensor([[1, 0]]))
     """
-    rough = norms - 2 * queries @ keys.T  # [R, N], squared distances but for the queries' own norms
+    products = queries @ keys.T  # [R, N]
+    rough = -products if norms is None else norms - 2 * products  # distances but for the queries' own norms
     numbers = rough.topk(min(len(keys), k + EXTRA_CANDIDATES), largest=False).indices.sort(1).values
-    exact = (keys[numbers] - queries[:, None]).square().sum(2)  # [R, K + EXTRA_CANDIDATES]
+    found, asked = keys[numbers], queries[:, None]  # [R, K + EXTRA_CANDIDATES, D], [R, 1, D]
+    exact = -(found * asked).sum(2) if norms is None else (found - asked).square().sum(2)
     exact, order = exact.sort(dim=1, stable=True)
     return exact[:, :k], numbers.gather(1, order)[:, :k]
 

@@ -3,16 +3,17 @@
 import hashlib
 from collections.abc import Iterator
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_knnmt.backbone.provenance import Provenance
-from lightning_knnmt.checks import check_at_least
+from lightning_knnmt.checks import check_at_least, check_one_of
 from lightning_knnmt.data.pairs import Pair, StoredContext
 from lightning_knnmt.knn.exact import nearest_keys
 from lightning_knnmt.knn.neighbors import Neighbors
+from lightning_knnmt.metric import Metric, seen_by
 
 if TYPE_CHECKING:
     from lightning_knnmt.backbone.keyed_model import KeyedModel
@@ -24,6 +25,11 @@ class Memory(Protocol):
     @property
     def key_size(self) -> int:
         """D."""
+        ...
+
+    @property
+    def metric(self) -> Metric:
+        """By what entries are near."""
         ...
 
     @property
@@ -100,14 +106,16 @@ class RamMemory:
         lengths: Entries of each pair; they add up to N.
         provenance: What the keys were made with, as `Provenance.of` says.
         block: Distances that are held at a time.
+        metric: By what entries are near.
     """
 
     nlist = None
 
     def __init__(
         self, keys: Tensor, values: Tensor, pairs: list[Pair], lengths: list[int], provenance: Provenance | None = None,
-        block: int = 1 << 26,
+        block: int = 1 << 26, metric: Metric = "l2",
     ) -> None:  # fmt: skip
+        check_one_of(get_args(Metric), metric=metric)
         if not len(keys) == len(values) == sum(lengths):
             raise ValueError(
                 f"there are {len(keys)} keys, {len(values)} values and {sum(lengths)} entries of pairs, expected as "
@@ -115,7 +123,8 @@ class RamMemory:
             )
         self.keys, self.values, self.pairs, self.provenance, self.block = keys, values, pairs, provenance, block
         self._starts = torch.tensor([0, *lengths]).cumsum(0)  # [pair -> first entry]
-        self._norms = keys.float().square().sum(1)
+        self.metric: Metric = metric
+        self._norms = keys.float().square().sum(1) if metric == "l2" else None
 
     @property
     def key_size(self) -> int:
@@ -153,7 +162,7 @@ class RamMemory:
         ids = torch.full((len(queries), k), -1, dtype=torch.long, device=queries.device)
         values = torch.zeros_like(ids)
         if nearest and len(queries):
-            keys = self.keys.float()
+            keys, queries = seen_by(self.keys.float(), self.metric), seen_by(queries, self.metric)
             for rows in torch.arange(len(queries), device=queries.device).split(max(1, self.block // len(self))):
                 found = nearest_keys(queries[rows], keys, self._norms, nearest)
                 distances[rows, :nearest], ids[rows, :nearest] = found

@@ -12,7 +12,8 @@ class Neighbors:
     """The K nearest stored contexts of R rows, nearest first.
 
     Attributes:
-        distances: Squared L2, shape (R, K); +inf where there is no neighbor.
+        distances: Shape (R, K), smaller is nearer; +inf where there is no neighbor. Squared L2 if the memory's metric
+            is `l2`; a similarity enters as −d: −⟨q, k⟩ for `ip`, −cos(q, k) for `cos`.
         values: Target-token ids, shape (R, K); 0 where there is no neighbor.
         ids: Entry numbers in the memory, shape (R, K); −1 where there is no neighbor.
         weights: How many entries each neighbor stands for, where entries were merged, shape (R, K); None: one each.

@@ -17,6 +17,7 @@ from lightning_knnmt.data.batching import token_budget_batches
 from lightning_knnmt.data.pairs import Pair, StoredContext
 from lightning_knnmt.knn.exact import Entries
 from lightning_knnmt.knn.neighbors import Neighbors
+from lightning_knnmt.metric import Metric
 from lightning_knnmt.sentences.sparse import SparseSentences, bm25
 from lightning_knnmt.sentences.words import words
 
@@ -47,6 +48,7 @@ class PairMemory:
     """
 
     nlist = None
+    metric: Metric = "l2"  # of the keys of each sentence's own pairs
 
     def __init__(self, model: "KeyedModel", pairs: Iterable[Pair]) -> None:
         self.model = model

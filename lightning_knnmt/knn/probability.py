@@ -1,7 +1,7 @@
 """The kNN distribution and its mixture with the model's, in log space: pure functions on tensors.
 
 Shapes: R rows (sentences × beams), K neighbors, V vocabulary.
-Distances are squared L2, +inf where a neighbor is missing.
+Distances are those of `Neighbors`: smaller is nearer, +inf where a neighbor is missing.
 """
 
 import math
@@ -17,8 +17,8 @@ def knn_log_weights(distances: Tensor, temperature: float, weights: Tensor | Non
     The nearest distance is subtracted first: a small T then leaves the nearest neighbor, and overflows nowhere.
 
     Args:
-        distances: Squared L2 distances, shape (R, K).
-        temperature: T, in units of squared distance, more than 0.
+        distances: Of `Neighbors`, shape (R, K).
+        temperature: T, in units of distance (squared L2, or similarity), more than 0.
         weights: w, how many entries each neighbor stands for (arXiv 2204.12608), shape (R, K); None: one each.
 
     Returns:

@@ -22,7 +22,7 @@ class KnnSettings:
     Attributes:
         k: Neighbors of each query.
         lambda_: λ, the neighbors' share, in [0, 1].
-        temperature: T, in units of squared distance.
+        temperature: T, in units of distance: squared L2, or similarity.
         nprobe: Inverted lists that each query scans.
         rescore: Candidates of each query whose distances the stored keys decide exactly, k or more; 0: the index does.
         ef_search: Nodes that a search through an HNSW graph keeps in view; None: as the index was built.

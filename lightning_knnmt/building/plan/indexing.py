@@ -16,6 +16,7 @@ from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.factory import make_index
 from lightning_knnmt.index.faiss_index import write_index
 from lightning_knnmt.index.layers import find_ivf
+from lightning_knnmt.metric import Metric
 from lightning_knnmt.storage.files import file_sha256
 from lightning_knnmt.storage.layout import shard_file
 from lightning_knnmt.timing import now
@@ -55,7 +56,7 @@ def measure_index(store: Datastore, config: IndexConfig, entries: int) -> IndexR
         entries: N of the planned index.
     """
     factory, key_size = config.factory, store.key_size
-    index = make_index(factory, key_size)
+    index = make_index(factory, key_size, config.metric)
     nlist = None if (ivf := find_ivf(index)) is None else int(ivf.nlist)
     size = min(entries, MEASURED_KEYS)
     points = min(config.train_points or size, CODE_POINTS, size)
@@ -71,9 +72,9 @@ def measure_index(store: Datastore, config: IndexConfig, entries: int) -> IndexR
         (kmeans_work(points, few, key_size), least.seconds["train"]),
         (kmeans_work(points, lists, key_size), most.seconds["train"]),
     )
-    _, least_empty = _unfilled(with_lists(factory, few), sample, store.folder)
-    find, empty = _unfilled(with_lists(factory, lists), sample, store.folder)
-    find_all, empty = (find, empty) if lists == nlist else _unfilled(factory, sample, store.folder)
+    _, least_empty = _unfilled(with_lists(factory, few), sample, store.folder, config.metric)
+    find, empty = _unfilled(with_lists(factory, lists), sample, store.folder, config.metric)
+    find_all, empty = (find, empty) if lists == nlist else _unfilled(factory, sample, store.folder, config.metric)
     add = most.seconds["add"] / size + max(0.0, find_all - find)
     if nlist is None and "HNSW" in factory:
         add *= log2(max(2, entries)) / log2(max(2, size))  # steps through a graph of entries
@@ -146,9 +147,9 @@ def _affordable(nlist: int, points: int, key_size: int) -> int:
     return max(1, 2 ** int(log2(MEASURED_MULTIPLICATIONS / (points * key_size * KMEANS_ITERATIONS))))
 
 
-def _unfilled(factory: str, keys: NDArray[np.float32], folder: Path) -> tuple[float, int]:
+def _unfilled(factory: str, keys: NDArray[np.float32], folder: Path, metric: Metric) -> tuple[float, int]:
     """Seconds to find a key's list among random centroids (0 without lists), and bytes of the index without entries."""
-    index = make_index(factory, keys.shape[1])
+    index = make_index(factory, keys.shape[1], metric)
     seconds = 0.0
     if (ivf := find_ivf(index)) is not None:
         rows = np.random.default_rng(1).choice(len(keys), ivf.nlist, replace=ivf.nlist > len(keys))

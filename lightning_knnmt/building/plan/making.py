@@ -37,7 +37,7 @@ def make_plan(
     """Measure rates, and predict from them; arguments and errors as those of `build_index.py plan`."""
     check_at_least(1, entries=entries, machines=machines, sample_pairs=sample_pairs)
     find_gpus(index.device)  # what is wrong shows before anything is measured
-    known = None if index.factory == "auto" else make_index(index.factory, model.key_size)
+    known = None if index.factory == "auto" else make_index(index.factory, model.key_size, index.metric)
     if known is not None and find_ivf(known) is not None and not re.search(r"IVF\d", index.factory):
         raise ValueError(f"factory is {index.factory}, expected one whose lists are written IVF… to plan it")
     with _scratch_folder(datastore.folder) as folder:
@@ -52,7 +52,7 @@ def make_plan(
             training = Training.plan(store, index, total)
             index = replace(index, factory=training.factory, train_points=training.train_points)
             training.check(total)
-            made = make_index(index.factory, store.key_size)
+            made = training.make()
             ivf = find_ivf(made)
             nlist = None if ivf is None else int(ivf.nlist)
             log.info("measuring %s", index.factory)

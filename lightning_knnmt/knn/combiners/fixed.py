@@ -12,7 +12,7 @@ class FixedCombiner(Combiner):
 
     Args:
         lambda_: λ, the neighbors' share, in [0, 1].
-        temperature: T, in units of squared distance, more than 0.
+        temperature: T, in units of distance (squared L2, or similarity), more than 0.
 
     >>> import torch
     >>> from lightning_knnmt.knn.neighbors import Neighbors
