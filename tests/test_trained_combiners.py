@@ -107,7 +107,7 @@ def test_distinct_counts_are_those_of_sets() -> None:
 def test_adaptive_is_the_mean_of_every_k_by_the_networks_weights(searched: int) -> None:
     neighbors, logits = make_neighbors(1, k=searched), logits_of(1)
     combiner = randomised(AdaptiveCombiner(K, T))
-    combiner.set_scale(neighbors.distances)
+    combiner.set_scale(torch.empty(0, 1), neighbors.distances)
     distances = np.full((ROWS, K), np.inf)
     counts = np.zeros((ROWS, K))
     for row in range(ROWS):
@@ -158,7 +158,7 @@ def test_kernel_of_constant_bandwidth_and_share_is_the_fixed_combiner(temperatur
 def test_kernel_is_a_loop_over_queries_and_keys(kernel: Any, k: int) -> None:
     neighbors, logits, memory = make_neighbors(6), logits_of(6), memory_of(6)
     combiner = randomised(bound(KernelCombiner(kernel=kernel, k=k), memory))
-    combiner.scale.fill_(4.0)
+    combiner.scale.fill_(4.0 * D)
     step = query_step(logits)
     shares, lambdas = np.zeros((ROWS, k)), np.zeros(ROWS)
     for row in range(ROWS):
@@ -316,21 +316,21 @@ def test_a_saved_combiner_gives_the_same_logits_and_fits_nothing_else(
 
 
 def test_a_damaged_or_missing_folder_is_named(marian: KeyedModel, memory: RamMemory, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"folder is .*nowhere, which holds no combiner.json"):
+    with pytest.raises(ValueError, match=r"folder is .*nowhere, which holds no trained.json"):
         AdaptiveCombiner(folder=tmp_path / "nowhere")
     combiner = AdaptiveCombiner(K, T)
     combiner.save(tmp_path, marian, memory)
     with pytest.raises(ValueError, match=r"which holds a .*AdaptiveCombiner, expected a .*RobustCombiner"):
         RobustCombiner(folder=tmp_path)
-    weights, description = tmp_path / "combiner.safetensors", tmp_path / "combiner.json"
+    weights, description = tmp_path / "trained.safetensors", tmp_path / "trained.json"
     content = weights.read_bytes()
     weights.write_bytes(content[:-4] + b"0000")
-    with pytest.raises(ValueError, match=r"combiner.safetensors is missing or damaged"):
+    with pytest.raises(ValueError, match=r"trained.safetensors is missing or damaged"):
         AdaptiveCombiner(folder=tmp_path)
     weights.write_bytes(content)
     AdaptiveCombiner(folder=tmp_path)
     description.write_text(description.read_text().replace('"hidden": 32', '"hidden": 33'))
-    with pytest.raises(ValueError, match=r"combiner.json is damaged \(its checksum does not fit its content\)"):
+    with pytest.raises(ValueError, match=r"trained.json is damaged \(its checksum does not fit its content\)"):
         AdaptiveCombiner(folder=tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from abc import ABC
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from lightning_knnmt.backbone.keyed_model import KeyedModel
     from lightning_knnmt.knn.memory import Memory
 
-DESCRIPTION = "combiner.json"  # class, options, model and datastore, with a checksum of itself
-WEIGHTS = "combiner.safetensors"
+DESCRIPTION = "trained.json"  # class, options, model and datastore, with a checksum of itself
+WEIGHTS = "trained.safetensors"
 
 
 class TrainedPart(Component, nn.Module, ABC):
@@ -33,10 +34,12 @@ class TrainedPart(Component, nn.Module, ABC):
     Attributes:
         folder: Where it was read from; None: it was not trained.
         any_store: Whether another datastore of the same model than that of the training is taken.
-        scale: The usual squared distance of a neighbor, in which networks see distances.
+        scale: What networks see distances or states in: the usual squared distance of a neighbor, or the usual
+            squared norm of a query.
     """
 
     free_options: ClassVar[tuple[str, ...]] = ()  # that may be chosen anew after the training
+    sees_states: ClassVar[bool] = False  # whether its networks see queries and keys, and not distances
 
     folder: Path | None
     any_store: bool
@@ -116,13 +119,16 @@ class TrainedPart(Component, nn.Module, ABC):
                 f"{memory.fingerprint[:12]}); train it again, or give it any_store: true, such as after an append"
             )
 
-    def save(self, folder: Path, model: "KeyedModel", memory: "Memory") -> None:
+    def save(
+        self, folder: Path, model: "KeyedModel", memory: "Memory", figures: Mapping[str, float] | None = None
+    ) -> None:
         """Write parameters and description, the description last: without it nothing counts.
 
         Args:
             folder: Where to; it is made if it is not there.
             model: What it was trained for.
             memory: What it was trained for.
+            figures: Of the training, for the reader of the description.
 
         Raises:
             DatastoreError: It could not be written.
@@ -143,6 +149,7 @@ class TrainedPart(Component, nn.Module, ABC):
             "store": memory.fingerprint,
             "tables": sorted(tables),
             "weights_sha256": file_sha256(folder / WEIGHTS),
+            "figures": dict(figures or {}),
         }
         write_sealed(folder / DESCRIPTION, content)
 
@@ -153,13 +160,15 @@ class TrainedPart(Component, nn.Module, ABC):
     def take_tables(self, tables: dict[str, Tensor]) -> None:
         """Take what was saved beside the parameters."""
 
-    def set_scale(self, distances: Tensor) -> None:
-        """Learn the usual distance, before the training begins.
+    def set_scale(self, queries: Tensor, distances: Tensor) -> None:
+        """Learn what is usual, before the training begins.
 
         Args:
-            distances: Squared L2 distances of neighbors, +inf where there is none, any shape.
+            queries: Of R rows, shape (R, D).
+            distances: Squared L2 distances of their neighbors, +inf where there is none, shape (R, K).
         """
-        telling = distances[distances.isfinite() & (distances > 0)]
+        seen = queries.square().sum(1) if self.sees_states else distances
+        telling = seen[seen.isfinite() & (seen > 0)]
         usual = float(telling.median()) if len(telling) else 1.0
         check_number(above_zero=True, scale=usual)
         self.scale.fill_(usual)

@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_knnmt import dispersion
+from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.training.callbacks import ExportBackbone
 from lightning_knnmt.training.datamodule import TranslationDataModule
 from lightning_knnmt.training.module import TranslationModule
@@ -142,7 +143,7 @@ def errors_in_one_line() -> Iterator[None]:
     """End with status 2 and a line at an error of the user, with a traceback only if JSONARGPARSE_DEBUG is set."""
     try:
         yield
-    except (ImportError, OSError, ValueError) as error:
+    except (DatastoreError, ImportError, OSError, ValueError) as error:
         if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")

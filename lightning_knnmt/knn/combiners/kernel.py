@@ -41,6 +41,8 @@ class KernelCombiner(TrainedPart, Combiner):
         ValueError: An option is out of range, or the folder holds no such combiner.
     """
 
+    sees_states = True
+
     def __init__(
         self,
         key_size: int = 0,
@@ -92,7 +94,7 @@ class KernelCombiner(TrainedPart, Combiner):
         near = neighbors.first(self.k)
         found = near.distances.isfinite()
         keys = self._memory.keys_of(near.ids)  # [R, K, D]
-        unit = self.scale.sqrt()  # a usual distance, so that inputs are of a usual size
+        unit = (self.scale / self.key_size).sqrt()  # so that inputs are about 1
         queries = step.queries.float() / unit
         mean = keys.sum(1) / found.sum(1, keepdim=True).clamp(min=1) / unit
         log_bandwidth = self.bandwidth(torch.cat([queries, mean], 1))  # [R, 1]
