@@ -271,6 +271,23 @@ def test_log_probs_of_tokens_are_those_of_the_mixed_logits_and_gradients_flow(ma
     torch.testing.assert_close(nothing, logits)
 
 
+@pytest.mark.parametrize("make", COMBINERS)
+def test_a_neighbor_of_weight_2_counts_as_two(make: Callable[[], Combiner]) -> None:
+    """But for what networks see of it: they are the same for all rows here."""
+    combiner = bound(make())
+    if isinstance(combiner, AdaptiveCombiner):
+        with torch.no_grad():
+            combiner.network[2].weight.zero_()
+            combiner.network[2].bias[-1] += 200.0  # all K of them
+    neighbors, logits = make_neighbors(11, k=4), logits_of(11)
+    weights = torch.tensor([2, 1, 1, 2]).expand(ROWS, 4)
+    twice = neighbors.gather(torch.tensor([[0, 0, 1, 2, 3, 3]]).expand(ROWS, 6))
+    weighted = Neighbors(*neighbors.parts, weights=weights)
+    step = query_step(logits)
+    torch.testing.assert_close(combiner(step, weighted).softmax(1), combiner(step, twice).softmax(1))
+    assert not combiner(step, weighted).allclose(combiner(step, neighbors))
+
+
 @pytest.fixture(scope="module")
 def marian(marian_folder: Path) -> KeyedModel:
     return load_model(str(marian_folder), device="cpu")

@@ -126,7 +126,9 @@ def fit(domain: Domain, folder: Path, model: dict[str, Any], *options: str) -> l
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     train.main(["fit", "--config", str(write_config(folder / "fit.yaml", config)), *options])
-    return logged(folder / "lightning_logs" / "version_0")
+    return logged(
+        max((folder / "lightning_logs").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime).parent
+    )
 
 
 CLASSES = {

@@ -31,9 +31,14 @@ def exactly(neighbors: Neighbors, k: int) -> Neighbors:
     >>> exactly(Neighbors(torch.tensor([[1.0]]), torch.tensor([[7]]), torch.tensor([[0]])), 2).ids
     tensor([[ 0, -1]])
     """
-    distances, values, ids = neighbors.first(k).parts
-    more = (0, k - ids.shape[1])
-    return Neighbors(F.pad(distances, more, value=math.inf), F.pad(values, more), F.pad(ids, more, value=-1))
+    near = neighbors.first(k)
+    more = (0, k - near.ids.shape[1])
+    return Neighbors(
+        F.pad(near.distances, more, value=math.inf),
+        F.pad(near.values, more),
+        F.pad(near.ids, more, value=-1),
+        None if near.weights is None else F.pad(near.weights, more, value=1),
+    )
 
 
 def distinct_counts(neighbors: Neighbors) -> Tensor:
@@ -56,7 +61,12 @@ def scaled_distances(neighbors: Neighbors, scale: Tensor) -> Tensor:
         neighbors: Of R rows.
         scale: The usual distance, a number.
     """
-    return (neighbors.distances / scale).nan_to_num(posinf=FARTHEST).clamp(max=FARTHEST)
+    return (neighbors.distances / scale).nan_to_num(posinf=FARTHEST).clamp(-FARTHEST, FARTHEST)
+
+
+def log_counts(neighbors: Neighbors) -> Tensor | float:
+    """Log of how many entries each neighbor stands for, shape (R, K), or 0 where that is one."""
+    return 0.0 if neighbors.weights is None else neighbors.weights.log()
 
 
 def log_shares(scores: Tensor, found: Tensor) -> Tensor:

@@ -32,6 +32,14 @@ class Neighbors:
         """
         return self._map(lambda part: part[:, :k])
 
+    def rows(self, chosen: Tensor) -> "Neighbors":
+        """Those of some rows, chosen by a mask of shape (R,) or by their numbers."""
+        return self._map(lambda part: part[chosen])
+
+    def gather(self, order: Tensor) -> "Neighbors":
+        """Some neighbors of each row by their places, shape (R, K')."""
+        return self._map(lambda part: part.gather(1, order))
+
     @property
     def found(self) -> Tensor:
         """Whether a row has any neighbor, shape (R,)."""

@@ -113,6 +113,11 @@ class TrainedPart(Component, nn.Module, ABC):
                 f"{where} does not fit the model {model.name}: {'; '.join(differences)} (trained for, against given); "
                 "use it with the model that it was trained for, or train another"
             )
+        if memory.metric != self._description["metric"]:
+            raise ValueError(
+                f"{where} was trained for the metric {self._description['metric']!r}, but the index is searched by "
+                f"{memory.metric!r}; train it again"
+            )
         if not self.any_store and memory.fingerprint != self._description["store"]:
             raise ValueError(
                 f"{where} was trained for another datastore ({self._description['store'][:12]}, this is "
@@ -147,6 +152,7 @@ class TrainedPart(Component, nn.Module, ABC):
             "options": {name: getattr(self, name) for name in names},
             "provenance": asdict(Provenance.of(model)),
             "store": memory.fingerprint,
+            "metric": memory.metric,
             "tables": sorted(tables),
             "weights_sha256": file_sha256(folder / WEIGHTS),
             "figures": dict(figures or {}),
@@ -168,7 +174,7 @@ class TrainedPart(Component, nn.Module, ABC):
             distances: Squared L2 distances of their neighbors, +inf where there is none, shape (R, K).
         """
         seen = queries.square().sum(1) if self.sees_states else distances
-        telling = seen[seen.isfinite() & (seen > 0)]
+        telling = seen[seen.isfinite() & (seen != 0)].abs()
         usual = float(telling.median()) if len(telling) else 1.0
         check_number(above_zero=True, scale=usual)
         self.scale.fill_(usual)
@@ -197,7 +203,7 @@ def _read(folder: Path, kind: type) -> dict[str, Any]:
     try:
         content = read_sealed(folder / DESCRIPTION)
         found, expected = content["class"], _path(kind)
-        if not {"options", "provenance", "store", "tables", "weights_sha256"} <= set(content):
+        if not {"metric", "options", "provenance", "store", "tables", "weights_sha256"} <= set(content):
             raise ValueError("something is missing in it")
     except (OSError, ValueError, KeyError, DatastoreError) as error:
         raise ValueError(f"{folder / DESCRIPTION} is damaged ({error}); train it again") from error

@@ -1,7 +1,7 @@
 """Steps with their neighbors, searched once, on which combiners and gates are trained for many epochs."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ class SearchedSteps:
     def __getitem__(self, rows: Sequence[int] | Tensor) -> "SearchedSteps":
         """Some of the rows."""
         chosen = torch.as_tensor(rows)
-        found = Neighbors(*(part[chosen] for part in self.neighbors.parts))
+        found = self.neighbors.rows(chosen)
         queries, logits, sentence, normalizer = (part[chosen] for part in step_parts(self.step))
         return SearchedSteps(Step(queries, logits, sentence, normalizer=normalizer), found, self.tokens[chosen])
 
@@ -71,7 +71,7 @@ def kept_columns(step: Step, neighbors: Neighbors, tokens: Tensor) -> SearchedSt
     again = first != torch.arange(columns.shape[1], device=columns.device)
     logits = step.logits.gather(1, columns).masked_fill(again, -torch.inf)
     start = largest.shape[1]
-    found = Neighbors(neighbors.distances, first[:, start:-1], neighbors.ids)
+    found = replace(neighbors, values=first[:, start:-1])
     kept = Step(step.queries, logits, step.sentence, normalizer=step.log_normalizer)
     return SearchedSteps(kept, found, first[:, -1])
 
@@ -113,8 +113,11 @@ def searched_steps(
         parts.append(kept_columns(reference.step, neighbors, reference.tokens).to("cpu"))
     queries, logits, sentence, normalizer = map(torch.cat, zip(*(step_parts(part.step) for part in parts), strict=True))
     step = Step(queries, logits, sentence, normalizer=normalizer)
-    found = (torch.cat(part) for part in zip(*(part.neighbors.parts for part in parts), strict=True))
-    return SearchedSteps(step, Neighbors(*found), torch.cat([part.tokens for part in parts]))
+    found = Neighbors(*map(torch.cat, zip(*(part.neighbors.parts for part in parts), strict=True)))
+    weights = [part.neighbors.weights for part in parts if part.neighbors.weights is not None]
+    if weights:
+        found = replace(found, weights=torch.cat(weights))
+    return SearchedSteps(step, found, torch.cat([part.tokens for part in parts]))
 
 
 def without(neighbors: Neighbors, entries: Tensor) -> Neighbors:
@@ -133,7 +136,7 @@ def without(neighbors: Neighbors, entries: Tensor) -> Neighbors:
     """
     dropped = neighbors.ids == entries[:, None]
     order = dropped.int().argsort(dim=1, stable=True)[:, :-1]
-    return Neighbors(*(part.gather(1, order) for part in neighbors.parts))
+    return neighbors.gather(order)
 
 
 def stored_pairs(datastore: Datastore, size: int, seed: int) -> tuple[list[Pair], list[int]]:

@@ -70,7 +70,8 @@ class AdaptiveCombiner(TrainedPart, Combiner):
         chosen = self.choose(neighbors)
         near = exactly(neighbors, self.k)
         distances = torch.where(self.kept, near.distances[:, None], math.inf)  # [R, choices − 1, K]
-        of_choices = knn_log_weights(distances, self.temperature).exp()
+        weights = None if near.weights is None else near.weights[:, None]
+        of_choices = knn_log_weights(distances, self.temperature, weights).exp()
         among = chosen[:, 1:].softmax(1)  # w_k / (1 − w_0)
         shares = (among[:, :, None] * of_choices).sum(1)  # [R, K]
         found = neighbors.ids.shape[1]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_knnmt.checks import check_at_least, check_number, check_one_of
 from lightning_knnmt.knn.combiners.combiner import Combiner, Weights
-from lightning_knnmt.knn.features import log_shares, two_layers, zeroed
+from lightning_knnmt.knn.features import log_counts, log_shares, two_layers, zeroed
 from lightning_knnmt.knn.neighbors import Neighbors
 from lightning_knnmt.knn.step import Step
 from lightning_knnmt.knn.trained import TrainedPart
@@ -81,6 +81,8 @@ class KernelCombiner(TrainedPart, Combiner):
         """
         super().bind(model, memory)
         self._memory = memory
+        if self.kernel == "laplace" and memory.metric != "l2":
+            raise ValueError(f"kernel is 'laplace', the root of a distance, but the metric is {memory.metric!r}")
         if not self.key_size:
             self.key_size = memory.key_size
             self._build()
@@ -100,7 +102,7 @@ class KernelCombiner(TrainedPart, Combiner):
         log_bandwidth = self.bandwidth(torch.cat([queries, mean], 1))  # [R, 1]
         distances = torch.where(found, near.distances, 0.0)
         distances = distances - distances[:, :1] if self.kernel == "gauss" else distances.sqrt()
-        shares = log_shares(-distances * torch.exp(-log_bandwidth), found)
+        shares = log_shares(log_counts(near) - distances * torch.exp(-log_bandwidth), found)
         weighted = (shares.exp()[:, :, None] * keys).sum(1) / unit
         lambda_ = torch.sigmoid(self.share(torch.cat([queries, weighted], 1)))
         return Weights(_widened(shares, neighbors.ids.shape[1]), lambda_)

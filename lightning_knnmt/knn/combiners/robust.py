@@ -13,6 +13,7 @@ from lightning_knnmt.knn.combiners.combiner import Combiner, Weights
 from lightning_knnmt.knn.features import (
     distinct_counts,
     exactly,
+    log_counts,
     log_shares,
     neighbor_confidence,
     scaled_distances,
@@ -99,6 +100,8 @@ class RobustCombiner(TrainedPart, Combiner):
                 f"key_type is {model.config.key_type!r}, expected 'decoder_output' for a RobustCombiner: the model's "
                 "probabilities are computed from the stored keys, which no others allow"
             )
+        if memory.metric != "l2":
+            raise ValueError(f"metric is {memory.metric!r}, expected 'l2' for a RobustCombiner, whose noise is on keys")
         if len(self.stored) < len(memory):
             missing = stored_log_probs(model, memory, len(self.stored))
             self.stored = torch.cat([self.stored.to(missing.device), missing]).to(self.scale.device)
@@ -123,7 +126,7 @@ class RobustCombiner(TrainedPart, Combiner):
         seen = torch.cat([scaled_distances(near, self.scale), distinct_counts(near) / self.k], 1)  # [R, 2 K]
         temperature = self.temperature * torch.exp(self.warmth(seen))  # [R, 1]
         distances = torch.where(found, near.distances - near.distances[:, :1].nan_to_num(posinf=0.0), 0.0)
-        shares = log_shares(trust - distances / temperature, found)
+        shares = log_shares(log_counts(near) + trust - distances / temperature, found)
         lambda_ = torch.sigmoid(self.share(torch.cat([seen, top_log_probs(step, TOP).clamp(min=LEAST)], 1)))
         k = neighbors.ids.shape[1]
         return Weights(F.pad(shares, (0, max(0, k - self.k)), value=-math.inf)[:, :k], lambda_)
@@ -137,7 +140,10 @@ class RobustCombiner(TrainedPart, Combiner):
         helped = self._with_right_neighbor(near, tokens)
         rows = draw[:, None]
         parts = zip(near.parts, noisy.parts, helped.parts, strict=True)
-        return Neighbors(*(torch.where(rows < share / 2, b, torch.where(rows < share, c, a)) for a, b, c in parts))
+        distances, values, ids = (
+            torch.where(rows < share / 2, b, torch.where(rows < share, c, a)) for a, b, c in parts
+        )
+        return Neighbors(distances, values, ids, near.weights)
 
     def _with_noise(self, step: Step, near: Neighbors) -> Neighbors:
         assert self._memory is not None, "bind comes first"
@@ -146,7 +152,8 @@ class RobustCombiner(TrainedPart, Combiner):
         moved = keys + size * torch.randn_like(keys) - step.queries.float()[:, None]
         distances = torch.where(near.ids >= 0, moved.square().sum(2), math.inf)
         distances, order = distances.sort(dim=1, stable=True)
-        return Neighbors(distances, near.values.gather(1, order), near.ids.gather(1, order))
+        moved_near = near.gather(order)
+        return Neighbors(distances, moved_near.values, moved_near.ids)
 
     def _with_right_neighbor(self, near: Neighbors, tokens: Tensor) -> Neighbors:
         """The reference's token in front, as near as noise alone would have it."""
