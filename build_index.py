@@ -13,18 +13,19 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_knnmt.backbone.config import BackboneConfig
-from lightning_knnmt.building.config import DatastoreConfig
+from lightning_knnmt.building.config import DatastoreConfig, RekeyConfig
 from lightning_knnmt.building.pruning.rules import KnowledgeMarginPruning, PruningRule
 from lightning_knnmt.cli import log_cut, run_script
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import write_json
 from lightning_knnmt.storage.layout import BUILD_RECORD, MANIFEST
-from lightning_knnmt.storage.ranks import Processes, refuse_several_processes
+from lightning_knnmt.storage.ranks import Processes, Ranks, refuse_several_processes
 
 if TYPE_CHECKING:  # each command imports what it needs, so that those without a model start at once
     from lightning_knnmt.building.change import Change
@@ -53,11 +54,7 @@ def build(
         processes: How many processes build together.
     """
     from lightning_knnmt.building.datastore import build_datastore
-    from lightning_knnmt.building.index import build_index
-    from lightning_knnmt.datastore import Datastore
     from lightning_knnmt.index.factory import check_fits
-    from lightning_knnmt.index.opening import load_index
-    from lightning_knnmt.timing import peak_memory_mb
 
     _check_before(datastore)
     model = backbone.load()
@@ -68,16 +65,77 @@ def build(
         start = time.perf_counter()
         built = build_datastore(model, datastore, ranks)
         encode = _encode_record(built, time.perf_counter() - start)
-        with Datastore(datastore.folder) as store:
-            report = build_index(store, index, ranks)
-            if ranks.rank > 0:
-                return
-            sizes = load_index(store, index.name).list_sizes()
-        spread = None if sizes is None else _spread(sizes.tolist())
-        _record(datastore.folder, index.name, encode, report, spread)
-        _log_report(report, spread)
-        log.info("peak memory %s MB", peak_memory_mb())
-        log_cut(built.cut)
+        _index(datastore.folder, index, encode, ranks)
+        if ranks.rank == 0:
+            log_cut(built.cut)
+
+
+def _index(folder: Path, index: IndexConfig, encode: dict[str, Any] | None, ranks: Ranks = Ranks()) -> None:
+    """Index the keys of a datastore, and say on the first process how that went."""
+    from lightning_knnmt.building.index import build_index
+    from lightning_knnmt.datastore import Datastore
+    from lightning_knnmt.index.opening import load_index
+    from lightning_knnmt.timing import peak_memory_mb
+
+    with Datastore(folder) as store:
+        report = build_index(store, index, ranks)
+        if ranks.rank > 0:
+            return
+        sizes = load_index(store, index.name).list_sizes()
+    spread = None if sizes is None else _spread(sizes.tolist())
+    _record(folder, index.name, encode, report, spread)
+    _log_report(report, spread)
+    log.info("peak memory %s MB", peak_memory_mb())
+
+
+def states(
+    backbone: BackboneConfig,
+    datastore: DatastoreConfig,
+    index: IndexConfig = IndexConfig(),
+    processes: Processes = Processes(),
+) -> None:
+    """Store the states that enter the last feed-forward layer, for training what follows them: train.py, then `rekey`.
+
+    They are a datastore of the key type `ffn_residual`, in float32, resumed and verified as any other.
+
+    Args:
+        backbone: The model, whatever its key type.
+        datastore: The corpus, and where the states go.
+        index: As in the configuration of `build`; states have none.
+        processes: How many processes build together.
+    """
+    from lightning_knnmt.building.datastore import build_datastore
+
+    _check_before(datastore)
+    model = replace(backbone, key_type="ffn_residual").load()
+    with processes.start(model) as ranks:
+        if ranks.rank > 0:
+            logging.getLogger("lightning_knnmt").setLevel(logging.WARNING)
+        start = time.perf_counter()
+        built = build_datastore(model, datastore, ranks)
+        if ranks.rank == 0:
+            if (encode := _encode_record(built, time.perf_counter() - start)) is not None:
+                write_json(datastore.folder / BUILD_RECORD, {"encode": encode, "indexes": {}})
+            log_cut(built.cut)
+
+
+def rekey(backbone: BackboneConfig, datastore: RekeyConfig, index: IndexConfig = IndexConfig()) -> None:
+    """Make the datastore of a fine-tuned model from stored states, without running the model, and index its keys.
+
+    Args:
+        backbone: The fine-tuned model.
+        datastore: The states, which `states` stored, and where the keys go.
+        index: The index over them.
+    """
+    refuse_several_processes("rekey")
+    from lightning_knnmt.building.rekey import rekey as make_keys
+    from lightning_knnmt.index.factory import check_fits
+
+    model = backbone.load()
+    check_fits(index, model.key_size)
+    start = time.perf_counter()
+    built = make_keys(model, datastore)
+    _index(datastore.folder, index, _encode_record(built, time.perf_counter() - start))
 
 
 def _check_before(datastore: DatastoreConfig) -> None:
@@ -303,6 +361,8 @@ def _log_change(change: "Change") -> None:
 
 COMMANDS: dict[str, Callable[..., object]] = {
     "build": build,
+    "states": states,
+    "rekey": rekey,
     "plan": plan,
     "verify": verify_datastore,
     "append": append,

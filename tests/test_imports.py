@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "index": {"storage", "datastore"},
     "memory": {"storage", "data", "datastore", "index", "knn", "sentences"},
     "building": {"storage", "data", "backbone", "datastore", "index", "knn", "memory"},
-    "training": {"data", "backbone", "dispersion", "index", "storage", "datastore", "knn", "memory"},
+    "training": {"data", "backbone", "dispersion", "datastore", "index", "storage", "knn", "memory"},
     "decoding": {"data", "backbone", "knn", "memory", "index", "storage"},
     "evaluation": {
         "storage",

@@ -15,6 +15,7 @@ from lightning.pytorch.cli import LightningCLI
 from training_runs import PAIRS, ROOT, column, data_options, logged, logits_of
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+import build_index
 import train
 from lightning_knnmt.backbone.config import load_model
 
@@ -105,6 +106,8 @@ def test_every_configuration_trains_two_steps_as_shipped_but_for_model_data_and_
         config["model"]["schedule"]["decay_steps"] = 1
     config["model"]["schedule"]["warmup_steps"] = 1
     Path("own.yaml").write_text(yaml.safe_dump(config))
+    if path.stem == "stored_states":
+        data = _stored(model, data)
     short = ("--trainer.max_steps=2", "--trainer.accelerator=cpu", "--data.max_tokens=60")
     train.main(["fit", "--config=own.yaml", f"--model.backbone.model={model}", *languages, *data, *short])
     folder = Path(config["trainer"]["default_root_dir"])
@@ -118,6 +121,18 @@ def test_every_configuration_trains_two_steps_as_shipped_but_for_model_data_and_
         assert list(folder.rglob("val_list_sizes_*.png"))
     last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     assert last["global_step"] == 2 and last["hyper_parameters"]["backbone"]["model"] == str(model)
+
+
+def _stored(model: Path, data: list[str]) -> list[str]:
+    """The states of the splits in place of the splits."""
+    stored = []
+    for option in data:
+        name, _, corpus = option.partition("=")
+        folder = Path(name.removeprefix("--data."))
+        options = ["--datastore.corpus.path", corpus, "--datastore.folder", str(folder)]
+        build_index.main(["states", "--backbone.model", str(model), "--backbone.device", "cpu", *options])
+        stored.append(f"{name}={folder}")
+    return stored
 
 
 # ---- sweeps

@@ -9,7 +9,7 @@ from lightning_knnmt.checks import check_one_of
 if TYPE_CHECKING:
     from lightning_knnmt.backbone.keyed_model import KeyedModel
 
-KeyType = Literal["decoder_output", "ffn_input"]
+KeyType = Literal["decoder_output", "ffn_input", "ffn_residual"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
 
@@ -20,7 +20,8 @@ class BackboneConfig:
     Attributes:
         model: Hub name or folder of a model, or a .gguf file of a language model.
         key_type: `decoder_output`: what the output projection sees (arXiv 2509.16729). `ffn_input`: what the last
-            decoder block's feed-forward layer sees (arXiv 2010.00710).
+            decoder block's feed-forward layer sees (arXiv 2010.00710). `ffn_residual`: the residual stream that enters
+            that layer, from which the trained part of a fine-tuned model follows (docs/dispersion.md).
         src_lang: Language code of the source, for multilingual models.
         tgt_lang: Language code of the target, for multilingual models; decoding begins with it.
         dtype: Type of the weights.

@@ -1,8 +1,10 @@
 """Fine-tuning the way to the logits: untied output projections, adapters, and how both are saved."""
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,6 +23,21 @@ def freeze_below_output(model: PreTrainedModel, family: Family, adapter_rank: in
             layer.requires_grad_(True)
     else:
         add_adapters(model, layers, adapter_rank)
+
+
+def frozen_fingerprint(model: PreTrainedModel, family: Family) -> str:
+    """SHA-256 of a model without the part that `freeze_below_output` leaves trainable.
+
+    It is the same for a model and for all that were fine-tuned from it, before, during and after training.
+    """
+    trained = [*family.feed_forward_layers(model), family.final_norm(model), family.output_projection(model)]
+    names = tuple(f"{name}." for name, module in model.named_modules() if any(module is each for each in trained))
+    digest = hashlib.sha256(str(model.config.model_type).encode())
+    for name, weights in sorted(model.state_dict().items()):
+        if not name.startswith(names):
+            digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}".encode())
+            digest.update(weights.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def untie(model: PreTrainedModel, projection: Any) -> None:

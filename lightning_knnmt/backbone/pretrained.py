@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.backbone.families import Family, logits_bias
-from lightning_knnmt.backbone.fine_tuning import freeze_below_output, saved_state
+from lightning_knnmt.backbone.fine_tuning import freeze_below_output, frozen_fingerprint, saved_state
 from lightning_knnmt.backbone.fingerprint import model_fingerprint, tokenizer_fingerprint
 from lightning_knnmt.backbone.hub import device_of
 from lightning_knnmt.backbone.keyed_model import KeyedModel
@@ -72,8 +72,13 @@ class PretrainedModel(KeyedModel):
 
     @cached_property
     def model_fingerprint(self) -> str:
-        """SHA-256 of the weight files."""
-        return model_fingerprint(self.name)
+        """SHA-256 of the weight files; where keys are `ffn_residual`, of what lies below the trained part only."""
+        return self.frozen_fingerprint if self.config.key_type == "ffn_residual" else model_fingerprint(self.name)
+
+    @cached_property
+    def frozen_fingerprint(self) -> str:
+        """SHA-256 of the weights below the part that `freeze_below_output` leaves trainable."""
+        return frozen_fingerprint(self.model, self.family)
 
     @cached_property
     def tokenizer_fingerprint(self) -> str:
@@ -91,7 +96,8 @@ class PretrainedModel(KeyedModel):
         """
         if self.config.key_type == "decoder_output":
             return tap_input(self.output_projection, stop=stop)
-        return tap_input(self.family.feed_forward(self.model), self.family.time_first, stop)
+        where = self.family.residual if self.config.key_type == "ffn_residual" else self.family.feed_forward
+        return tap_input(where(self.model), self.family.time_first, stop)
 
     def keys(self, batch: Batch) -> Tensor:
         """Keys of a teacher-forced pass: position t holds the state that predicts label t.
@@ -125,6 +131,17 @@ class PretrainedModel(KeyedModel):
         if not isinstance(projection, nn.Linear):
             return None
         return projection.weight, projection.bias if constant is None else constant.view(-1)
+
+    def outputs(self, states: Tensor) -> Tensor:
+        """Decoder outputs of `ffn_residual` states, by the part of the model that `freeze_below_output` trains.
+
+        Args:
+            states: Shape (..., D).
+
+        Returns:
+            Shape (..., D): what the output projection sees, as if the whole model had run.
+        """
+        return self.family.outputs(self.model, states)
 
     @contextmanager
     def mixing(self, mix: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:

@@ -42,6 +42,11 @@ class Provenance:
         if not 1 <= self.key_size <= MOST_DIMENSIONS:
             raise ValueError(f"key_size is {self.key_size}, expected 1 to {MOST_DIMENSIONS}")
 
+    @property
+    def key_dtype(self) -> str:
+        """Type of the stored keys."""
+        return key_dtype(self.key_type)
+
     @classmethod
     def of(cls, model: "KeyedModel") -> "Provenance":
         """What keys made by this model come from."""
@@ -68,6 +73,11 @@ class Provenance:
                 label = name.removesuffix("_sha256")
                 found.append(f"{label} {str(ours)[:16]} against {str(theirs)[:16]}")
         return found
+
+
+def key_dtype(key_type: str) -> str:
+    """Type of stored keys: float16, but states that a model is trained on are not rounded."""
+    return "float32" if key_type == "ffn_residual" else "float16"
 
 
 def _model(provenance: Provenance) -> str:

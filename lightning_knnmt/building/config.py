@@ -2,9 +2,24 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lightning_knnmt.checks import check_at_least, check_share
 from lightning_knnmt.data.readers import CorpusFile
+
+
+class Destination(Protocol):
+    """Where a datastore goes, and whether another one there is replaced."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it goes."""
+        ...
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether another one is replaced."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -31,3 +46,24 @@ class DatastoreConfig:
         object.__setattr__(self, "folder", Path(self.folder))
         check_at_least(1, max_tokens=self.max_tokens, shard_entries=self.shard_entries)
         check_share(max_padding=self.max_padding)
+
+
+@dataclass(frozen=True)
+class RekeyConfig:
+    """Which states become keys, and where these go.
+
+    Attributes:
+        states: Folder of the states, which `build_index.py states` wrote.
+        folder: Where the datastore goes.
+        overwrite: Replace a datastore that was built from something else; otherwise that is an error.
+    """
+
+    states: Path
+    folder: Path
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("states", "folder"):
+            object.__setattr__(self, name, Path(getattr(self, name)))
+        if self.states.resolve() == self.folder.resolve():
+            raise ValueError(f"folder is {self.folder}, where the states are, expected another")

@@ -51,8 +51,8 @@ class Copying:
         """
         entries = sum(row[2] for row in rows)
         blocks = [(number, [pair for _, pair, _ in of_shard]) for number, of_shard in groupby(rows, lambda row: row[0])]
-        more = self._more(blocks)
-        with ShardWriter(path, entries, len(rows), self.store.key_size, more) as writer:
+        more, dtype = self._more(blocks), self.store.manifest.provenance.key_dtype
+        with ShardWriter(path, entries, len(rows), self.store.key_size, more, dtype) as writer:
             for number, pairs in blocks:
                 self._copy(self.store.shards[number], np.array(pairs), writer, more)
         return ShardInfo(path.name, entries, len(rows), file_sha256(path))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
-from lightning_knnmt.building.config import DatastoreConfig
+from lightning_knnmt.building.config import DatastoreConfig, Destination
 from lightning_knnmt.building.encoder import TOKENIZED_AT_ONCE, Item, Tokenized, cut, one_ahead, write_shard
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, MalformedCorpusError, ReadReport, msgid_side, read_pairs
@@ -86,13 +86,13 @@ def build_datastore(model: KeyedModel, config: DatastoreConfig, ranks: Ranks = R
         if differences := _differences(other, planned, to_the_bit=True):
             raise DatastoreError(f"process {rank} of this build has another model or corpus: {'; '.join(differences)}")
 
-    find = partial(_kept, planned, config)
+    find = partial(kept_datastore, planned, config)
     if (kept := ranks.first(find)) is not None:  # before the lock, since it may be in a folder for reading only
         return DatastoreBuild(kept, 0, kept=True)
     with only_writer(folder, ranks):
         if (kept := ranks.first(find)) is not None:  # another process has just made it
             return DatastoreBuild(kept, 0, kept=True)
-        begun, replaces = ranks.first(lambda: _begun(planned, config))
+        begun, replaces = ranks.first(lambda: begun_datastore(planned, config))
         spans = None if ranks.size == 1 else _spans(model, config, begun.pairs, ranks)
         if spans is None and replaces:
             for _ in read_pairs(config.corpus):
@@ -208,8 +208,12 @@ def encode_rest(
     return begun
 
 
-def _kept(planned: Manifest, config: DatastoreConfig) -> Manifest | None:
-    """The whole datastore that makes building needless; None if there is none."""
+def kept_datastore(planned: Manifest, config: Destination) -> Manifest | None:
+    """The whole datastore that makes building needless; None if there is none.
+
+    Raises:
+        DatastoreError: There is another one, which is not to be replaced.
+    """
     folder = config.folder
     if not (folder / MANIFEST).exists():
         return None
@@ -235,8 +239,12 @@ def _kept(planned: Manifest, config: DatastoreConfig) -> Manifest | None:
     return existing
 
 
-def _begun(planned: Manifest, config: DatastoreConfig) -> tuple[Manifest, bool]:
-    """The plan with the whole shards that an earlier run of it has left, and whether others are to be replaced."""
+def begun_datastore(planned: Manifest, config: Destination) -> tuple[Manifest, bool]:
+    """The plan with the whole shards that an earlier run of it has left, and whether others are to be replaced.
+
+    Raises:
+        DatastoreError: There are others, which are not to be replaced.
+    """
     folder = config.folder
     replaces = (folder / MANIFEST).exists()
     for name in (BUILDING, MANIFEST):
@@ -260,7 +268,7 @@ def _begun(planned: Manifest, config: DatastoreConfig) -> tuple[Manifest, bool]:
     return planned, replaces
 
 
-def _replace_only_if_asked(what: str, differences: list[str], config: DatastoreConfig) -> None:
+def _replace_only_if_asked(what: str, differences: list[str], config: Destination) -> None:
     if not config.overwrite:
         raise DatastoreError(
             f"{what}: {'; '.join(differences)} (there against wanted). "

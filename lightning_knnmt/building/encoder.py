@@ -15,9 +15,10 @@ from torch import Tensor
 
 from lightning_knnmt.backbone.batch import Batch, collate
 from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.backbone.provenance import key_dtype
 from lightning_knnmt.data.boxes import box_batches
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.datastore.shard import KEY_DTYPE, ShardWriter
+from lightning_knnmt.datastore.shard import ShardWriter
 from lightning_knnmt.storage.errors import DatastoreError
 
 T = TypeVar("T")
@@ -102,10 +103,11 @@ def write_shard(
     keys are copied from.
     """
     entries = sum(len(item.tgt) for item in items)
+    dtype = key_dtype(model.config.key_type)
     batches = box_batches([len(item.src) for item in items], [len(item.tgt) for item in items], max_tokens, max_padding)
     padded = one_ahead(_padded([items[number] for number in numbers], model.pad_id) for numbers in batches)
     with (
-        ShardWriter(path, entries, len(items), model.key_size) as writer,
+        ShardWriter(path, entries, len(items), model.key_size, key_dtype=dtype) as writer,
         ThreadPoolExecutor(1, "write") as thread,
         closing(padded),
         torch.inference_mode(),
@@ -113,7 +115,7 @@ def write_shard(
         unwritten: deque[Future[None]] = deque()
         for rows, batch, tokens in padded:
             keys = model.keys(batch.to(model.device, non_blocking=True)).flatten(0, 1)  # [B, T, D] -> [B * T, D]
-            keys = keys[tokens.to(keys.device, non_blocking=True)].to(torch.float16)
+            keys = keys[tokens.to(keys.device, non_blocking=True)].to(getattr(torch, dtype))
             unwritten.append(thread.submit(_write, writer, rows, keys, keys.isfinite().all()))
             if len(unwritten) > UNWRITTEN:
                 unwritten.popleft().result()
@@ -133,7 +135,7 @@ def _write(writer: ShardWriter, rows: list[Item], keys: Tensor, finite: Tensor) 
         _refuse_infinite(keys, rows)
     values = np.fromiter((token for row in rows for token in row.tgt), np.int32, len(keys))
     writer.append(
-        keys.cpu().numpy().astype(KEY_DTYPE, copy=False), values, [len(row.tgt) for row in rows],
+        keys.cpu().numpy(), values, [len(row.tgt) for row in rows],
         [row.pair for row in rows], [row.number for row in rows],
     )  # fmt: skip
 

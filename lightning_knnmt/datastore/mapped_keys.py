@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from lightning_knnmt.datastore.shard import KEY_DTYPE
 from lightning_knnmt.datastore.store import Datastore
+from lightning_knnmt.storage.errors import DatastoreError
 
 WINDOW_BYTES = 1 << 16  # that Linux maps around one that is read
 MOST_WINDOWS = 1 << 13  # that are mapped at a time
@@ -26,6 +27,8 @@ class MappedKeys:
         import torch
 
         self.key_size = datastore.key_size
+        if (dtype := datastore.manifest.provenance.key_dtype) != KEY_DTYPE.__name__:
+            raise DatastoreError(f"{datastore.folder} holds keys of {dtype}, expected float16; search without rescore")
         self._shards = [shard for shard in datastore.mapped_keys() if len(shard)]
         self._ends = np.cumsum([len(shard) for shard in self._shards]).astype(np.uint64)  # [shard -> entry after it]
         if self._shards:  # one view over all of them, where a key begins at any number, so that one call gathers keys

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import h5py
 import numpy as np
@@ -30,18 +31,21 @@ class ShardWriter:
         pairs: How many sentence pairs it will hold.
         key_size: D.
         more: Of `OF_ENTRIES`, what it holds besides.
+        key_dtype: Type of the keys.
 
     Raises:
         DatastoreError: At any time: it cannot be written.
     """
 
-    def __init__(self, path: Path, entries: int, pairs: int, key_size: int, more: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: Path, entries: int, pairs: int, key_size: int, more: Sequence[str] = (), key_dtype: str = "float16"
+    ) -> None:
         self.path = path
         self.entries, self.pairs = entries, pairs
         with ExitStack() as stack:
             self._target = stack.enter_context(durable_file(path))
             file = stack.enter_context(h5py.File(self._target, "w"))
-            self._keys = file.create_dataset("keys", (entries, key_size), KEY_DTYPE)
+            self._keys = file.create_dataset("keys", (entries, key_size), np.dtype(key_dtype))
             self._values = file.create_dataset("values", (entries,), np.int32)
             self._lengths = file.create_dataset("lengths", (pairs,), np.int32)
             self._numbers = file.create_dataset("numbers", (pairs,), np.int64)
@@ -51,7 +55,7 @@ class ShardWriter:
         self._entry = self._pair = 0
 
     def append(
-        self, keys: NDArray[np.float16], values: NDArray[np.int32], lengths: Sequence[int], pairs: Sequence[Pair],
+        self, keys: NDArray[np.floating], values: NDArray[np.int32], lengths: Sequence[int], pairs: Sequence[Pair],
         numbers: Sequence[int], **more: NDArray[np.int32],
     ) -> None:  # fmt: skip
         """Add the entries of some sentence pairs.
@@ -93,7 +97,9 @@ class ShardWriter:
             )
 
 
-def open_shard(folder: Path, shard: ShardInfo, key_size: int, checksum: bool = False) -> h5py.File:
+def open_shard(
+    folder: Path, shard: ShardInfo, key_size: int, checksum: bool = False, key_dtype: str = "float16"
+) -> h5py.File:
     """Open a shard for reading, if it is as large as the manifest says and holds nothing but plain arrays and texts.
 
     Args:
@@ -101,6 +107,7 @@ def open_shard(folder: Path, shard: ShardInfo, key_size: int, checksum: bool = F
         shard: What the manifest says of it.
         key_size: D.
         checksum: Look at every byte; otherwise that is left to `verify`.
+        key_dtype: Type of the keys.
 
     Raises:
         DatastoreError: It is missing or damaged, or leads out of the datastore's folder.
@@ -117,7 +124,7 @@ def open_shard(folder: Path, shard: ShardInfo, key_size: int, checksum: bool = F
     except OSError as error:
         raise DatastoreError(f"{path} is damaged ({error}); build the datastore again") from error
     try:
-        _check_contents(file, shard, key_size)
+        _check_contents(file, shard, key_size, np.dtype(key_dtype))
         if checksum and file_sha256(path) != shard.sha256:
             raise ValueError("is damaged (its checksum is another)")
     except (ValueError, KeyError, TypeError, RuntimeError, OSError) as error:  # those of HDF5 itself, too
@@ -126,7 +133,7 @@ def open_shard(folder: Path, shard: ShardInfo, key_size: int, checksum: bool = F
     return file
 
 
-def map_keys(file: h5py.File) -> NDArray[np.float16]:
+def map_keys(file: h5py.File) -> NDArray[Any]:
     """The keys of an open shard, shape (N, D), mapped into memory for longer than the shard stays open.
 
     Args:
@@ -134,11 +141,11 @@ def map_keys(file: h5py.File) -> NDArray[np.float16]:
     """
     keys = file["keys"]
     if not len(keys):  # nothing can be mapped
-        return np.empty(keys.shape, KEY_DTYPE)
+        return np.empty(keys.shape, keys.dtype)
     if os.name == "nt":  # which removes nothing that is open
-        return np.memmap(file.filename, KEY_DTYPE, "r", keys.id.get_offset(), keys.shape)
+        return np.memmap(file.filename, keys.dtype, "r", keys.id.get_offset(), keys.shape)
     with open(file.id.get_vfd_handle(), "rb", closefd=False) as same:
-        return np.memmap(same, KEY_DTYPE, "r", keys.id.get_offset(), keys.shape)
+        return np.memmap(same, keys.dtype, "r", keys.id.get_offset(), keys.shape)
 
 
 def values_of(file: h5py.File) -> NDArray[np.int32]:
@@ -184,9 +191,9 @@ def _numbers_of(file: h5py.File, array: str, name: str, least: int) -> NDArray[n
     return numbers
 
 
-def _check_contents(file: h5py.File, shard: ShardInfo, key_size: int) -> None:
-    expected = {
-        "keys": ((shard.entries, key_size), KEY_DTYPE),
+def _check_contents(file: h5py.File, shard: ShardInfo, key_size: int, key_dtype: np.dtype[Any]) -> None:
+    expected: dict[str, tuple[tuple[int, ...], Any]] = {
+        "keys": ((shard.entries, key_size), key_dtype),
         "values": ((shard.entries,), np.int32),
         "lengths": ((shard.pairs,), np.int32),
         "numbers": ((shard.pairs,), np.int64),

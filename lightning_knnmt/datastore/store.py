@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import h5py
 import numpy as np
@@ -89,7 +89,8 @@ class Datastore:
         self._files: list[h5py.File] = []
         try:
             for shard in self.manifest.shards:
-                self._files.append(open_shard(self.folder, shard, self.key_size, self.hashes(shard.file)))
+                checksum, dtype = self.hashes(shard.file), self.manifest.provenance.key_dtype
+                self._files.append(open_shard(self.folder, shard, self.key_size, checksum, dtype))
             if read_manifest(self.folder, manifest)[0] != self.manifest:  # whose shards may have the same names
                 raise DatastoreError(f"{self.folder} was changed while it was opened; open it again")
         except BaseException:
@@ -125,7 +126,7 @@ class Datastore:
         sizes = (shard.entries for shard in self.manifest.shards)
         return np.concatenate([np.ones(n, np.int32) if w is None else w for n, w in zip(sizes, found, strict=True)])
 
-    def key_chunks(self, chunk: int = 65536, entries: range | None = None) -> Iterator[NDArray[np.float16]]:
+    def key_chunks(self, chunk: int = 65536, entries: range | None = None) -> Iterator[NDArray[Any]]:
         """Keys in the order of the entries, in arrays of shape (up to `chunk`, D).
 
         Args:
@@ -138,7 +139,7 @@ class Datastore:
             for first in range(max(start, wanted.start), last, chunk):
                 yield file["keys"][first - start : min(first + chunk, last) - start]
 
-    def mapped_keys(self) -> list[NDArray[np.float16]]:
+    def mapped_keys(self) -> list[NDArray[Any]]:
         """The keys of each shard, shape (its entries, D), mapped into memory for longer than the datastore is open."""
         return [map_keys(file) for file in self._files]
 

@@ -1,15 +1,17 @@
 """Training and validation batches for Lightning."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_knnmt.backbone.batch import Batch, collate
+from lightning_knnmt.backbone.pretrained import PretrainedModel
 from lightning_knnmt.data.batching import TokenBudgetSampler
 from lightning_knnmt.data.splits import read_split
 from lightning_knnmt.training.resuming import ResumableBatches
+from lightning_knnmt.training.stored_states import StoredStates
 
 if TYPE_CHECKING:
     from lightning_knnmt.training import TranslationModule
@@ -42,9 +44,10 @@ class TranslationDataModule(L.LightningDataModule):
     """Token-budget batches of a prepared corpus.
 
     Args:
-        train: Training split, a file written by `prepare_data.py`.
-        validation: Validation split.
-        max_tokens: Most tokens of a training batch on either side, padding counted.
+        train: Training split: a file written by `prepare_data.py`, or a datastore of the states that enter the trained
+            part of the model, written by `build_index.py states`.
+        validation: Validation split, either of them too.
+        max_tokens: Most tokens of a training batch on either side, padding counted; of stored states, on the target's.
         validation_max_tokens: The same for validation batches.
         seed: Seed of the order of training batches.
     """
@@ -55,7 +58,7 @@ class TranslationDataModule(L.LightningDataModule):
         super().__init__()
         self.files = {"train": train, "validation": validation}
         self.max_tokens, self.validation_max_tokens, self.seed = max_tokens, validation_max_tokens, seed
-        self.splits: dict[str, TokenizedPairs] = {}
+        self.splits: dict[str, TokenizedPairs | StoredStates] = {}
 
     def setup(self, stage: str) -> None:
         """Tokenize what `stage` needs with the tokenizer of the module in training."""
@@ -63,6 +66,8 @@ class TranslationDataModule(L.LightningDataModule):
         module: TranslationModule = self.trainer.lightning_module  # type: ignore[assignment]
         backbone = module.backbone
         for name in ("train", "validation") if stage == "fit" else ("validation",):
+            if name not in self.splits and self.files[name].is_dir():
+                self.splits[name] = self._stored(name, module)
             if name not in self.splits:
                 pairs = list(backbone.split_pairs(read_split(self.files[name])))
                 if not pairs:
@@ -71,13 +76,27 @@ class TranslationDataModule(L.LightningDataModule):
                 self.splits[name] = TokenizedPairs(ids.src, ids.tgt)
         self._pad_id = backbone.pad_id
 
-    def _loader(self, name: str, max_tokens: int, shuffle: bool) -> DataLoader[tuple[list[int], list[int]]]:
+    def _stored(self, name: str, module: "TranslationModule") -> StoredStates:
+        """A split of stored states.
+
+        Raises:
+            ValueError: The module trains more than what follows them, or they are of another model.
+        """
+        if module.hparams["trainable"] == "all" or not isinstance(module.backbone, PretrainedModel):
+            raise ValueError(
+                f"{name} is {self.files[name]}, stored states, but trainable is {module.hparams['trainable']!r}; "
+                "expected last_block or adapters, of which the states are the input"
+            )
+        return StoredStates(self.files[name], module.backbone)
+
+    def _loader(self, name: str, max_tokens: int, shuffle: bool) -> DataLoader[Any]:
         assert self.trainer is not None
         split = self.splits[name]
         sampler = TokenBudgetSampler(
             split.lengths, max_tokens, shuffle, self.seed, self.trainer.global_rank, self.trainer.world_size
         )
-        return DataLoader(split, batch_sampler=sampler, collate_fn=self._collate)
+        collate = split.collate if isinstance(split, StoredStates) else self._collate
+        return DataLoader(split, batch_sampler=sampler, collate_fn=collate)
 
     def _collate(self, items: list[tuple[list[int], list[int]]]) -> Batch:
         return collate([src for src, _ in items], [tgt for _, tgt in items], self._pad_id)
@@ -86,6 +105,6 @@ class TranslationDataModule(L.LightningDataModule):
         """Shuffled batches of the training split, of which a resumed run sees each once."""
         return ResumableBatches(self._loader("train", self.max_tokens, shuffle=True))
 
-    def val_dataloader(self) -> DataLoader[tuple[list[int], list[int]]]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the validation split, shortest first."""
         return self._loader("validation", self.validation_max_tokens, shuffle=False)

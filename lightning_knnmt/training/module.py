@@ -19,6 +19,7 @@ from lightning_knnmt.checks import check_at_least, check_number, check_one_of
 from lightning_knnmt.dispersion import Dispersion
 from lightning_knnmt.training.resuming import check_same_options
 from lightning_knnmt.training.schedule import Schedule
+from lightning_knnmt.training.stored_states import StateBatch
 
 log = logging.getLogger(__name__)
 
@@ -96,18 +97,20 @@ class TranslationModule(L.LightningModule):
         """Refuse to go on from a run that had other options."""
         check_same_options(checkpoint.get("hyper_parameters", {}), dict(self.hparams))
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+    def on_train_batch_start(self, batch: Batch | StateBatch, batch_idx: int) -> None:
         """Seed dropout and the dispersion's draws by run, step and process, so that a resumed run draws them again."""
         sequence = np.random.SeedSequence((self._seed, self.global_step, batch_idx, self.global_rank))
         torch.manual_seed(int(sequence.generate_state(1)[0]))
 
-    def states(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def states(self, batch: Batch | StateBatch) -> tuple[Tensor, Tensor]:
         """Decoder outputs and labels of the batch's N target tokens, shapes (N, D) and (N,)."""
+        if isinstance(batch, StateBatch):
+            return cast(PretrainedModel, self.backbone).outputs(batch.states), batch.labels
         assert batch.labels is not None
         mask = batch.target_mask
         return self.backbone.keys(batch)[mask], batch.labels[mask]
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch | StateBatch, batch_idx: int) -> Tensor:
         """Loss per target token."""
         states, labels = self.states(batch)
         logits = self.backbone.project(states).float()
@@ -144,7 +147,7 @@ class TranslationModule(L.LightningModule):
             (gradient,) = torch.autograd.grad(loss, states, retain_graph=True)
             self.log(f"train/{name}_gradient", gradient.float().norm(), batch_size=len(states))
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: Batch | StateBatch, batch_idx: int) -> dict[str, Tensor]:
         """Log the negative log-likelihood per target token, without smoothing.
 
         Returns:
