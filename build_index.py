@@ -3,7 +3,8 @@
 ``python build_index.py build --config configs/demo/build.yaml`` builds; ``plan`` with the same options says before what
 that will take. ``verify FOLDER`` checks every file of a datastore against its checksum.
 ``append --config … --datastore.corpus.path new.jsonl``, ``remove FOLDER --document NAME`` and ``compact FOLDER`` change
-one; what is searched meanwhile is the datastore as it was. ``prune FOLDER --out NEW`` makes a smaller one of it.
+one; what is searched meanwhile is the datastore as it was. ``prune FOLDER --out NEW`` makes a smaller one of it, and
+``sentences FOLDER`` a sentence index.
 ``torchrun --nproc-per-node 2 build_index.py build --config … --processes.devices 2`` builds in two processes, as does
 the same line without ``torchrun``. Options without a command are those of ``build``.
 """
@@ -18,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_knnmt.backbone.config import BackboneConfig
-from lightning_knnmt.building.config import DatastoreConfig, RekeyConfig
+from lightning_knnmt.building.config import DatastoreConfig, RekeyConfig, SentencesConfig
 from lightning_knnmt.building.pruning.rules import KnowledgeMarginPruning, PruningRule
 from lightning_knnmt.cli import log_cut, run_script
 from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.sentences.report import Likeness
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import write_json
 from lightning_knnmt.storage.layout import BUILD_RECORD, MANIFEST
@@ -359,6 +361,38 @@ def _log_change(change: "Change") -> None:
         log.info("index %s: %s, %d entries added since training%s%s", name, report.factory, report.added, even, after)
 
 
+def make_sentences(
+    folder: Path,
+    by: Likeness = "bm25",
+    name: str = "sentences",
+    encoder: str | None = None,
+    backbone: BackboneConfig | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Make a sentence index of a datastore: which stored sentences are like a text, for the retriever `Subset`.
+
+    It is kept up by `append`, `remove` and `compact`.
+
+    Args:
+        folder: The datastore.
+        by: `bm25` or `tf_idf`: compared by their words; `states`: by averaged encoder states of the translation model;
+            `encoder`: by another encoder.
+        name: Files are called NAME.sentences.safetensors and .json, beside the shards.
+        encoder: Hub name or folder of that other encoder, such as one of sentence-transformers.
+        backbone: The model that the datastore was built with, for `--by states`.
+        overwrite: Replace a sentence index of that name that was made otherwise.
+    """
+    refuse_several_processes("sentences")
+    config = SentencesConfig(by, name, encoder, overwrite)
+    from lightning_knnmt.building.sentences import build_sentences
+    from lightning_knnmt.datastore import Datastore
+
+    with Datastore(folder) as store:
+        model = None if backbone is None else backbone.load()
+        report = build_sentences(store, config, model)
+    log.info("sentence index %s: %d sentences by %s", name, report.sentences, report.by)
+
+
 COMMANDS: dict[str, Callable[..., object]] = {
     "build": build,
     "states": states,
@@ -369,6 +403,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "remove": remove,
     "compact": compact_datastore,
     "prune": prune_datastore,
+    "sentences": make_sentences,
 }
 
 
@@ -385,7 +420,7 @@ def spell_out(args: list[str]) -> list[str]:
     """
     if args and args[0].startswith("-") and args[0] not in ("-h", "--help"):
         args = ["build", *args]
-    if args and args[0] in ("verify", "remove", "compact", "prune"):
+    if args and args[0] in ("verify", "remove", "compact", "prune", "sentences"):
         args = [arg.removeprefix("--folder=") for arg in args if arg != "--folder"]
         args = [re.sub(r"^--document(?==|$)", "--document+", arg) for arg in args]
     return args

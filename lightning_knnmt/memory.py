@@ -4,24 +4,36 @@ from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.data.pairs import StoredContext
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.mapped_keys import MappedKeys
+from lightning_knnmt.index.codes import stored_codes
 from lightning_knnmt.index.config import Device
 from lightning_knnmt.index.distributed import DistributedIndex
+from lightning_knnmt.index.faiss_index import FaissIndex
+from lightning_knnmt.index.filtered import FilteredIndex
 from lightning_knnmt.index.opening import open_index, open_parts, read_report
 from lightning_knnmt.index.report import IndexReport
 from lightning_knnmt.index.rescoring import rescore as rescored
 from lightning_knnmt.index.search_index import SearchIndex
+from lightning_knnmt.knn.memory import consecutive
 from lightning_knnmt.knn.neighbors import Neighbors, no_neighbors
+from lightning_knnmt.knn.product_codes import ProductCodes
 from lightning_knnmt.metric import Metric
+from lightning_knnmt.sentences.encoders import SentenceEncoder, StatesEncoder, TransformersEncoder
+from lightning_knnmt.sentences.report import REMEDY, SentencesReport
+from lightning_knnmt.sentences.search import KeptSentences, SentenceSearch
+from lightning_knnmt.sentences.stored import read_sentences
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.layout import generation_name, sentences_file
 from lightning_knnmt.storage.snapshot import open_together
 
 if TYPE_CHECKING:
@@ -58,6 +70,7 @@ class DatastoreMemory:
                 "which it was built"
             )
         self.datastore, self.index, self.report = datastore, index, report
+        self._sentences: dict[str, SentenceSearch] = {}
 
     @property
     def key_size(self) -> int:
@@ -125,6 +138,56 @@ class DatastoreMemory:
         """Target-token ids of some entries of shape (…), on their device; 0 where there is none."""
         entries = ids.cpu()
         return self._values[entries.clamp(min=0)].long().masked_fill_(entries < 0, 0).to(ids.device)
+
+    def open_sentences(self, name: str, model: "KeyedModel") -> SentenceSearch:
+        """A sentence index of the datastore, which does not find sentences that were removed; kept open.
+
+        Args:
+            name: Its name.
+            model: Makes vectors of the texts that are looked for, where the index has averaged encoder states.
+
+        Raises:
+            DatastoreError: There is none, it is damaged or belongs to another datastore, or its encoder is another by
+                now.
+        """
+        if name not in self._sentences:
+            self._sentences[name] = open_sentences(self.datastore, name, model)
+        return self._sentences[name]
+
+    def entries_of(self, sentences: NDArray[np.int64]) -> Tensor:
+        """Entry numbers of some stored sentences, in their order, without those that were removed, shape (n,)."""
+        starts, stops = (torch.from_numpy(bounds[sentences]) for bounds in self._bounds)
+        entries = consecutive(starts, stops)
+        if not len(self.datastore.removed):
+            return entries
+        return entries[torch.from_numpy(~self.datastore.removed.covers(entries.numpy()))]
+
+    def weights_of(self, ids: Tensor) -> Tensor | None:
+        """How many entries some entries stand for, where entries were merged, on their device; None: one each."""
+        return None if self._weights is None else self._weights[ids.cpu().clamp(min=0)].to(ids.device)
+
+    def product_codes(self) -> ProductCodes | None:
+        """The codes of the index by entry number, copied once; None if it has no product quantization."""
+        return self._codes
+
+    @cached_property
+    def _codes(self) -> ProductCodes | None:
+        index = self.index.whole if isinstance(self.index, FilteredIndex) else self.index
+        found = stored_codes(index) if isinstance(index, FaissIndex) and len(index) else None
+        if found is None:
+            return None
+        parts: dict[str, Any] = {
+            name: None if part is None else torch.from_numpy(part) for name, part in vars(found).items()
+        }
+        return ProductCodes(**parts)
+
+    @cached_property
+    def _bounds(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """First entry of each stored sentence, and the one after its last."""
+        shards = [(shard.first + shard.starts[:-1], shard.first + shard.starts[1:]) for shard in self.datastore.shards]
+        starts, stops = zip(*shards, strict=True) if shards else ((), ())
+        nothing = np.empty(0, np.int64)
+        return np.concatenate([nothing, *starts]), np.concatenate([nothing, *stops])
 
     @cached_property
     def _values(self) -> Tensor:
@@ -211,3 +274,41 @@ def open_memory(
             raise
 
     return open_together(folder, attempt)
+
+
+def open_sentences(datastore: Datastore, name: str, model: "KeyedModel") -> SentenceSearch:
+    """Open a sentence index of a datastore, refusing one that was made from other sentences.
+
+    Args:
+        datastore: What it was made from.
+        name: Its name.
+        model: The model that the datastore was built with.
+
+    Raises:
+        DatastoreError: There is none, it is damaged or stale, or its encoder is another by now.
+    """
+    path = sentences_file(datastore.folder, generation_name(name, datastore.manifest.generation))
+    if not path.exists():
+        raise DatastoreError(
+            f"{datastore.folder} has no sentence index called {name!r} of its present sentences; {REMEDY}"
+        )
+    report = SentencesReport.load(path)
+    if report.datastore_sha256 != datastore.fingerprint:
+        raise DatastoreError(
+            f"{path} belongs to the datastore {report.datastore_sha256[:12]}, but {datastore.folder} is "
+            f"{datastore.fingerprint[:12]}; {REMEDY}"
+        )
+    if datastore.hashes(path.name) and (problem := report.problem(path)) is not None:
+        raise DatastoreError(f"{path} {problem}")
+    encoder: SentenceEncoder | None = None
+    if report.by == "states":
+        encoder = StatesEncoder(model)
+    elif report.encoder is not None:
+        encoder = TransformersEncoder(report.encoder)
+    if encoder is not None and encoder.fingerprint != report.encoder_sha256:
+        raise DatastoreError(f"the encoder {encoder.name} is another than the one that {path} was made with; {REMEDY}")
+    made = read_sentences(path, report, encoder)
+    kept = np.concatenate([np.empty(0, bool), *(shard.kept for shard in datastore.shards)])
+    if len(kept) != len(made):
+        raise DatastoreError(f"{path} holds {len(made)} sentences of {len(kept)}; {REMEDY}")
+    return made if kept.all() else KeptSentences(made, kept)

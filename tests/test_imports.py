@@ -19,11 +19,11 @@ MAY_IMPORT = {
     "dispersion": set(),
     "backbone": {"data"},
     "datastore": {"storage", "data", "backbone"},
-    "sentences": set(),
+    "sentences": {"storage", "data", "backbone"},
     "knn": {"data", "backbone", "sentences", "storage"},
     "index": {"storage", "datastore"},
     "memory": {"storage", "data", "datastore", "index", "knn", "sentences"},
-    "building": {"storage", "data", "backbone", "datastore", "index", "knn", "memory"},
+    "building": {"storage", "data", "backbone", "datastore", "index", "knn", "memory", "sentences"},
     "training": {"data", "backbone", "dispersion", "datastore", "index", "storage", "knn", "memory"},
     "decoding": {"data", "backbone", "knn", "memory", "index", "storage"},
     "evaluation": {
@@ -101,7 +101,7 @@ def script(*args: str, name: str = "build_index.py") -> str:
 @pytest.mark.parametrize(
     "args",
     [("--help",), ("build", "--help"), ("plan", "--help"), ("append", "--help"), ("verify", "--help"),
-     ("remove", "--help"), ("compact", "--help"), ("prune", "--help")],
+     ("remove", "--help"), ("compact", "--help"), ("prune", "--help"), ("sentences", "--help")],
 )  # fmt: skip
 def test_help_loads_neither_models_nor_faiss(args: tuple[str, ...]) -> None:
     assert not loaded_after(script(*args)) & {"torch", "transformers", "faiss", "lightning"}

@@ -118,6 +118,19 @@ class KeyedModel(nn.Module, ABC):
     def batch(self, sources: Sequence[str], targets: Sequence[str] | None = None) -> Batch:
         """Tokenize and pad B sentences, on the model's device."""
 
+    def encoder_states(self, batch: Batch) -> Tensor:
+        """States of the source tokens, shape (B, S, width of the encoder)."""
+        raise NotImplementedError(f"{type(self).__name__} has no encoder")
+
+    def check_encoder(self) -> None:
+        """Refuse a model that has no `encoder_states`.
+
+        Raises:
+            ValueError: It has none.
+        """
+        if type(self).encoder_states is KeyedModel.encoder_states:
+            raise ValueError(f"{self.name} has no encoder, expected a translation model that has")
+
     @abstractmethod
     def keys(self, batch: Batch) -> Tensor:
         """Keys of a teacher-forced pass, shape (B, T, D): position t holds the state that predicts label t."""

@@ -59,6 +59,11 @@ class Seq2SeqModel(PretrainedModel):
         labels = None if targets is None else ids.tgt
         return collate(ids.src, labels, self.pad_id, ids.cut, sources).to(self.device)
 
+    def encoder_states(self, batch: Batch) -> Tensor:
+        """States of the source tokens, shape (B, S, width of the encoder)."""
+        encoder: Any = self.model.get_encoder()
+        return cast(Tensor, encoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask)[0])
+
     def forward(self, batch: Batch) -> Tensor:
         """Logits of a teacher-forced pass, shape (B, T, V).
 

@@ -15,6 +15,7 @@ from lightning_knnmt.building.config import DatastoreConfig
 from lightning_knnmt.building.datastore import corpus_sha256, encode_rest
 from lightning_knnmt.building.encoder import Tokenized, cut
 from lightning_knnmt.building.index import IndexBuild
+from lightning_knnmt.building.sentences import carry_sentences
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, ReadReport, read_pairs
 from lightning_knnmt.datastore import Datastore, Manifest
@@ -60,6 +61,7 @@ def append_pairs(model: KeyedModel, config: DatastoreConfig) -> Change:
             change = _encode(model, config, store, new, change)
             with Datastore(config.folder, BUILDING) as grown:
                 reports = {name: _extend(store, grown, name, report) for name, report in reports.items()}
+                carry_sentences(store, grown, model)
             finish_building(config.folder)
     for name, index in reports.items():
         _advise(name, index)

@@ -9,6 +9,7 @@ from tqdm import tqdm
 from lightning_knnmt.building.change import Change, changing, keep_only, whole_indexes
 from lightning_knnmt.building.copying import Copying, check_whole
 from lightning_knnmt.building.index import IndexBuild
+from lightning_knnmt.building.sentences import carry_sentences
 from lightning_knnmt.datastore.manifest import Manifest, finish_building
 from lightning_knnmt.datastore.store import Datastore
 from lightning_knnmt.index.training import Training
@@ -40,6 +41,7 @@ def compact(folder: Path) -> Change:
                 config = report.config(name)
                 build = IndexBuild(compacted, config, Training.plan(compacted, config, left))
                 reports[name] = build.kept() or build.make()
+            carry_sentences(store, compacted)
         finish_building(folder)
     return Change(manifest, before.pairs - manifest.pairs, 0, reports)
 

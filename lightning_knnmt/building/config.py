@@ -1,11 +1,13 @@
-"""How a datastore is built."""
+"""How a datastore and its sentence indexes are built."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lightning_knnmt.checks import check_at_least, check_share
+from lightning_knnmt.checks import check_at_least, check_one_of, check_share
 from lightning_knnmt.data.readers import CorpusFile
+from lightning_knnmt.index.config import check_name
+from lightning_knnmt.sentences.report import LIKENESSES, Likeness
 
 
 class Destination(Protocol):
@@ -67,3 +69,27 @@ class RekeyConfig:
             object.__setattr__(self, name, Path(getattr(self, name)))
         if self.states.resolve() == self.folder.resolve():
             raise ValueError(f"folder is {self.folder}, where the states are, expected another")
+
+
+@dataclass(frozen=True)
+class SentencesConfig:
+    """How stored sentences are compared.
+
+    Attributes:
+        by: `bm25` or `tf_idf`: by their words; `states`: by averaged encoder states of the translation model;
+            `encoder`: by another encoder.
+        name: Files are called NAME.sentences.safetensors and .json, beside the shards.
+        encoder: Hub name or folder of that other encoder.
+        overwrite: Replace a sentence index of that name that was made otherwise.
+    """
+
+    by: Likeness = "bm25"
+    name: str = "sentences"
+    encoder: str | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        check_one_of(LIKENESSES, by=self.by)
+        check_name(self.name)
+        if (self.encoder is not None) != (self.by == "encoder"):
+            raise ValueError(f"encoder is {self.encoder!r} and by is {self.by!r}, expected a name for by: encoder only")

@@ -7,9 +7,17 @@ from pathlib import Path
 from lightning_knnmt.datastore.manifest import ShardInfo, read_manifest
 from lightning_knnmt.datastore.removed import RemovedInfo
 from lightning_knnmt.index.report import IndexReport
+from lightning_knnmt.sentences.report import REMEDY, SentencesReport
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import file_sha256
-from lightning_knnmt.storage.layout import MANIFEST, find_indexes, generation_name, index_file
+from lightning_knnmt.storage.layout import (
+    MANIFEST,
+    find_indexes,
+    find_sentences,
+    generation_name,
+    index_file,
+    sentences_file,
+)
 from lightning_knnmt.storage.snapshot import open_together
 
 
@@ -65,7 +73,20 @@ def _problems(folder: Path) -> list[Problem]:
     for name in find_indexes(folder, manifest.generation):
         path = index_file(folder, generation_name(name, manifest.generation))
         problems += _index_problems(path, fingerprint)
+    for name in find_sentences(folder, manifest.generation):
+        problems += _sentences_problems(sentences_file(folder, generation_name(name, manifest.generation)), fingerprint)
     return problems
+
+
+def _sentences_problems(path: Path, fingerprint: str) -> list[Problem]:
+    try:
+        report = SentencesReport.load(path)
+    except DatastoreError as error:
+        description = path.with_suffix(".json")
+        return [Problem(description.name, str(error).removeprefix(f"{description} "))]
+    if report.datastore_sha256 != fingerprint:
+        return [Problem(path.with_suffix(".json").name, f"belongs to another datastore; {REMEDY}")]
+    return [] if (what := report.problem(path)) is None else [Problem(path.name, what)]
 
 
 def _index_problems(path: Path, fingerprint: str) -> list[Problem]:

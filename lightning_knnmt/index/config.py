@@ -69,15 +69,24 @@ class IndexConfig:
             raise ValueError(f"split_lists is {self.split_lists}, expected 0 or more and less than 1")
         check_one_of(get_args(Layout), layout=self.layout)
         check_one_of(get_args(Device), device=self.device)
-        if not self.name or Path(self.name).name != self.name or "." in self.name:
-            raise ValueError(f"name is {self.name!r}, expected a file name without folders and dots")
-        if self.name in RESERVED:
-            raise ValueError(f"name is {self.name!r}, expected another than those that the datastore uses itself")
+        check_name(self.name)
 
     @property
     def unit_centroids(self) -> bool:
         """Whether the centroids of lists have unit norm."""
         return self.metric != "l2" and self.spherical is not False
+
+
+def check_name(name: str) -> None:
+    """Refuse what no index can be called.
+
+    Raises:
+        ValueError: It is no plain file name, or one that the datastore uses itself.
+    """
+    if not name or Path(name).name != name or "." in name:
+        raise ValueError(f"name is {name!r}, expected a file name without folders and dots")
+    if name in RESERVED:
+        raise ValueError(f"name is {name!r}, expected another than those that the datastore uses itself")
 
 
 def check_factory(factory: str) -> None:

@@ -7,6 +7,7 @@ from functools import cached_property
 from torch import Tensor
 
 from lightning_knnmt.knn.neighbors import Neighbors, no_neighbors
+from lightning_knnmt.metric import Metric
 
 EXTRA_CANDIDATES = 8  # candidates beyond K, among which rounding cannot hide one of the K nearest
 
@@ -60,7 +61,9 @@ class Entries:
         return len(self.keys)
 
 
-def nearest_entries(queries: Tensor, sentence: Tensor, entries: Sequence[Entries], k: int) -> Neighbors:
+def nearest_entries(
+    queries: Tensor, sentence: Tensor, entries: Sequence[Entries], k: int, metric: Metric = "l2"
+) -> Neighbors:
     """The K nearest of each row among the entries of its sentence.
 
     Args:
@@ -68,13 +71,14 @@ def nearest_entries(queries: Tensor, sentence: Tensor, entries: Sequence[Entries
         sentence: Shape (R,).  # [row -> sentence]
         entries: Of each of the B sentences, on the rows' device; there may be fewer than K, or none.
         k: K.
+        metric: By what entries are near; for `cos` keys and queries have unit norm.
     """
     found = no_neighbors(len(queries), k, queries.device)
     queries = queries.detach().float()
     for number, rows in rows_by_sentence(sentence):
         own = entries[number]
         if nearest := min(k, len(own)):
-            distances, places = nearest_keys(queries[rows], own.keys, own.norms, nearest)
+            distances, places = nearest_keys(queries[rows], own.keys, own.norms if metric == "l2" else None, nearest)
             found.distances[rows, :nearest] = distances
             found.values[rows, :nearest] = own.values[places]
             found.ids[rows, :nearest] = own.ids[places]

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_knnmt.backbone.provenance import Provenance
@@ -14,6 +16,8 @@ from lightning_knnmt.data.pairs import Pair, StoredContext
 from lightning_knnmt.knn.exact import nearest_keys
 from lightning_knnmt.knn.neighbors import Neighbors
 from lightning_knnmt.metric import Metric, seen_by
+from lightning_knnmt.sentences.search import SentenceSearch
+from lightning_knnmt.sentences.sparse import bm25
 
 if TYPE_CHECKING:
     from lightning_knnmt.backbone.keyed_model import KeyedModel
@@ -90,6 +94,17 @@ class Memory(Protocol):
         ...
 
 
+def consecutive(starts: Tensor, stops: Tensor) -> Tensor:
+    """The numbers of some ranges, one range after the other.
+
+    >>> consecutive(torch.tensor([7, 3]), torch.tensor([9, 4]))
+    tensor([7, 8, 3])
+    """
+    lengths = stops - starts
+    shifts = starts - (lengths.cumsum(0) - lengths)
+    return torch.arange(int(lengths.sum())) + shifts.repeat_interleave(lengths)
+
+
 class RamMemory:
     """Keys in RAM, searched exactly by torch on the keys' device: for small memories, made in a moment.
 
@@ -125,6 +140,7 @@ class RamMemory:
         self._starts = torch.tensor([0, *lengths]).cumsum(0)  # [pair -> first entry]
         self.metric: Metric = metric
         self._norms = keys.float().square().sum(1) if metric == "l2" else None
+        self._sentences: SentenceSearch | None = None
 
     @property
     def key_size(self) -> int:
@@ -186,6 +202,23 @@ class RamMemory:
         """Target-token ids of some entries of shape (…), on their device; 0 where there is none."""
         values = self.values[ids.clamp(min=0).to(self.values.device)].long().to(ids.device)
         return values * (ids >= 0)
+
+    def open_sentences(self, name: str, model: "KeyedModel") -> SentenceSearch:
+        """BM25 over the sources, whatever index is asked for: a memory in RAM has none beside it."""
+        if self._sentences is None:
+            self._sentences = bm25([pair.src for pair in self.pairs])
+        return self._sentences
+
+    def entries_of(self, sentences: NDArray[np.int64]) -> Tensor:
+        """Entry numbers of some stored sentences, in their order, shape (n,)."""
+        starts, stops = self._starts[torch.from_numpy(sentences)], self._starts[torch.from_numpy(sentences) + 1]
+        return consecutive(starts, stops)
+
+    def weights_of(self, ids: Tensor) -> None:
+        """Every entry stands for itself."""
+
+    def product_codes(self) -> None:
+        """Keys are stored as they are."""
 
     def context(self, entry: int) -> StoredContext:
         """The sentence pair that an entry comes from, and its position.

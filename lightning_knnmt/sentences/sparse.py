@@ -42,9 +42,18 @@ class SparseSentences:
                 found[self.sentences[part]] += times * self.asked[number] * self.weights[part]
         return found
 
-    def search(self, texts: Sequence[str], count: int) -> list[NDArray[np.int64]]:
-        """The sentences most like each of some texts, best first: at most `count`, none that shares no word with it."""
-        return [best(self.scores(text), count) for text in texts]
+    def search(
+        self, texts: Sequence[str], count: int, kept: NDArray[np.bool_] | None = None
+    ) -> list[NDArray[np.int64]]:
+        """Numbers of the sentences that are most like each of some texts, best first, none that shares no word with it.
+
+        Args:
+            texts: B texts.
+            count: Sentences of each, at most.
+            kept: Which sentences may be found, shape (N,); None: all.
+        """
+        found = map(self.scores, texts)
+        return [best(scores if kept is None else scores * kept, count) for scores in found]
 
 
 def best(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
@@ -82,7 +91,7 @@ def bm25(texts: Sequence[str]) -> SparseSentences:
     if not vocabulary:
         return _without_words(len(rows))
     made = BM25(method="lucene", k1=1.5, b=0.75)
-    made.index(([[vocabulary[word] for word in row] for row in rows], vocabulary), show_progress=False)
+    made.index(([[vocabulary[word] for word in row] for row in rows], dict(vocabulary)), show_progress=False)
     starts, sentences, weights = (made.scores[name] for name in ("indptr", "indices", "data"))
     starts = np.asarray(starts, np.int64)[: len(vocabulary) + 1]
     return SparseSentences(

@@ -11,6 +11,7 @@ indexes of its own beside those in use, and all of them come into force with the
     NAME.faiss, NAME.json                an index, or what was trained of one in parts, and its description
     NAME.part-00000.faiss                a part's entries; with a description of its own until all parts are there
     NAME.trained.faiss, .trained.json    what was trained, while entries are added
+    NAME.sentences.safetensors, .json    a sentence index: which stored sentences are like a text, and its description
     writer.lock                          held by whoever writes
     *.partial                            a file that is being written
 """
@@ -33,6 +34,8 @@ _REMOVED = re.compile(r"removed-(\d+)\.json")
 _INDEX = re.compile(
     r"(?P<name>[^.]+)(\.(?P<generation>\d+))?(\.part-(?P<part>\d{5,})|\.(?P<trained>trained))?\.(?P<suffix>faiss|json)"
 )
+
+_SENTENCES = re.compile(r"(?P<name>[^.]+)(\.(?P<generation>\d+))?\.sentences\.(safetensors|json)")
 
 
 def shard_file(number: int) -> str:
@@ -82,6 +85,17 @@ def trained_file(folder: Path, name: str) -> Path:
     return folder / f"{name}.trained.faiss"
 
 
+def sentences_file(folder: Path, name: str) -> Path:
+    """NAME.sentences.safetensors: a sentence index, with NAME.sentences.json beside it."""
+    return folder / f"{name}.sentences.safetensors"
+
+
+def find_sentences(folder: Path, generation: int) -> list[str]:
+    """Names of the sentence indexes of a generation, in whatever state."""
+    names = (_SENTENCES.fullmatch(path.name) for path in folder.iterdir())
+    return sorted({found["name"] for found in names if found and int(found["generation"] or 0) == generation})
+
+
 def find_indexes(folder: Path, generation: int) -> list[str]:
     """Names of the indexes of a generation, in whatever state; what a build has left is no index yet."""
     files = ((path, _index_parts(path.name)) for path in folder.iterdir())
@@ -108,6 +122,8 @@ def remove_others(
             belongs = path.name in shards
         elif _REMOVED.fullmatch(name):
             belongs = path.name in removed
+        elif found_sentences := _SENTENCES.fullmatch(name):
+            belongs = int(found_sentences["generation"] or 0) in generations
         elif found := _index_parts(name):
             belongs = int(found["generation"] or 0) in generations or not _is_of_index(path)
         else:
