@@ -1,11 +1,14 @@
-"""What dispersion fine-tuning does to keys, index and translations: ``python benchmarks/dispersion.py score``.
+"""What dispersion fine-tuning does to keys, index and translations: ``python benchmarks/dispersion.py lists``.
 
-Each variant is fine-tuned, its datastore built and its translations scored, once; what is in `--out` is kept, so
-several processes may share the variants (`--only`). `benchmarks/search.py` measures the search in the stores.
+States that enter the last feed-forward layer are stored once; each variant is fine-tuned on them (``train``), its keys
+are put into lists by every metric, from a uniform sample and from the shortest sentences alone (``lists``), and its
+datastore is made and translations scored (``score``), each once: what is in `--out` is kept. ``ratio`` is the imbalance
+factor of the base model over that of the last variant where the base model's is largest.
 """
 
 import argparse
 import json
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,8 +23,11 @@ import torch
 from lightning_knnmt import dispersion as losses
 from lightning_knnmt.backbone.config import BackboneConfig, load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.backbone.pretrained import PretrainedModel
+from lightning_knnmt.building.config import RekeyConfig
 from lightning_knnmt.building.datastore import DatastoreConfig, build_datastore
 from lightning_knnmt.building.index import build_index
+from lightning_knnmt.building.rekey import rekey
 from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.data.splits import read_split
 from lightning_knnmt.datastore import Datastore
@@ -32,11 +38,14 @@ from lightning_knnmt.evaluation.scores import corpus_scores, paired_bootstrap
 from lightning_knnmt.evaluation.tuning import Grid, likelihoods
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.index.splitting import metric_centroids
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
 from lightning_knnmt.knn.settings import MixtureConfig
 from lightning_knnmt.memory import DatastoreMemory
+from lightning_knnmt.metric import Metric, seen_by
 from lightning_knnmt.training import ExportBackbone, IndexHealth, Schedule, TranslationModule
 from lightning_knnmt.training.datamodule import TranslationDataModule
+from lightning_knnmt.training.index_health import index_health
 from lightning_knnmt.training.module import Trainable
 
 REGULARISERS: dict[str, losses.Dispersion] = {
@@ -51,6 +60,9 @@ REGULARISERS: dict[str, losses.Dispersion] = {
     "MMCS": losses.MaximumMeanCosine(max_points=1024),
     "Lloyd": losses.Lloyd(samples=8192),
 }
+
+
+METRICS: list[tuple[Metric, bool]] = [("l2", False), ("ip", False), ("ip", True), ("cos", True)]  # unit centroids?
 
 
 @dataclass(frozen=True)
@@ -88,9 +100,26 @@ VARIANTS = [
 ]
 
 
+class BothSplits(TranslationDataModule):
+    """Has the training split at hand in validation, too, where its keys are searched."""
+
+    def setup(self, stage: str) -> None:
+        """Read both splits."""
+        super().setup("fit")
+
+
+def states_of(options: argparse.Namespace, split: str) -> Path:
+    """The datastore of a split's states, built unless it is there."""
+    folder = options.out / "states" / split
+    below = load_model(str(options.model), key_type="ffn_residual")
+    build_datastore(below, DatastoreConfig(folder, CorpusFile(options.data / f"{split}.jsonl")))
+    return folder
+
+
 def fine_tune(variant: Variant, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Train a variant as `train.py fit --config configs/dispersion/…` does, export it, and return its measures."""
+    """Train a variant as `train.py fit --config configs/dispersion/stored_states.yaml` does, and export it."""
     L.seed_everything(options.seed)
+    train, validation = (states_of(options, split) for split in ("train", "validation"))
     module = TranslationModule(
         BackboneConfig(options.model),
         Schedule(options.lr, options.steps // 10, options.steps, options.steps // 3),
@@ -99,7 +128,7 @@ def fine_tune(variant: Variant, folder: Path, options: argparse.Namespace) -> di
         dispersion=REGULARISERS[variant.regulariser or "sliced"],
         gamma=variant.gamma,
     )
-    data = TranslationDataModule(options.data / "train.jsonl", options.data / "validation.jsonl", options.max_tokens)
+    data = BothSplits(train, validation, options.max_tokens, seed=options.seed)
     trainer = L.Trainer(
         max_steps=options.steps, gradient_clip_val=1.0, use_distributed_sampler=False, logger=False,
         enable_progress_bar=False, enable_checkpointing=False, val_check_interval=options.steps,
@@ -115,8 +144,50 @@ def fine_tune(variant: Variant, folder: Path, options: argparse.Namespace) -> di
     values = {name: value for name, value in values.items() if not name.startswith("train/")}
     return {
         "variant": asdict(variant), "validation": values, "seconds": time.perf_counter() - start,
-        "steps": options.steps, "lr": options.lr, "max_tokens": options.max_tokens,
+        "steps": options.steps, "lr": options.lr, "max_tokens": options.max_tokens, "seed": options.seed,
     }  # fmt: skip
+
+
+def model_of(variant: Variant, folder: Path, options: argparse.Namespace) -> PretrainedModel:
+    """The model of a variant."""
+    model = load_model(str(options.model if variant.regulariser is None else folder / "model"))
+    assert isinstance(model, PretrainedModel)
+    return model
+
+
+@torch.inference_mode()
+def keys_and_tokens(model: PretrainedModel, states: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys, rounded as in a datastore, and tokens of stored states, the longest sentences first."""
+    with Datastore(states) as store:
+        parts = [model.outputs(torch.from_numpy(part)).half().float() for part in store.key_chunks(16384)]
+        return torch.cat(parts), torch.from_numpy(store.values).long()
+
+
+@torch.inference_mode()
+def measure_lists(variant: Variant, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Imbalance factor and codes scanned, by metric, number of lists, and what k-means is trained on."""
+    model = model_of(variant, folder, options)
+    keys, tokens = keys_and_tokens(model, states_of(options, "train"))
+    queries, _ = keys_and_tokens(model, states_of(options, "validation"))
+    generator = torch.Generator().manual_seed(options.seed)
+    queries = queries[torch.randperm(len(queries), generator=generator)[:2000]]
+    order = torch.randperm(len(keys), generator=generator)
+    rows = []
+    for metric, unit in METRICS:
+        for nlist in options.nlist:
+            samples = {"uniform": keys[order[: options.per_list * nlist]]}
+            samples |= {f"shortest {share:.0%}": keys[-int(share * len(keys)) :] for share in options.shortest}
+            for name, sample in samples.items():
+                if len(sample) < nlist:
+                    continue
+                seen = seen_by(sample, metric).contiguous().numpy()
+                centroids = torch.from_numpy(metric_centroids(seen, nlist, metric, unit, options.seed))
+                health = index_health(keys, tokens, queries, centroids, options.nprobe, metric=metric)
+                values = {key: float(value) for key, value in health.values.items()}
+                values["codes_scanned"] /= len(keys)
+                label = f"{metric}{'' if metric == 'l2' else ', unit centroids' if unit else ', any centroids'}"
+                rows.append({"metric": label, "nlist": nlist, "sample": name, "training_points": len(sample), **values})
+    return {"variant": asdict(variant), "keys": len(keys), "nprobe": options.nprobe, "lists": rows}
 
 
 def score(
@@ -138,10 +209,11 @@ def score(
 
 def score_store(variant: Variant, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Build a variant's datastore and translate with it."""
-    backbone = load_model(str(options.model if variant.regulariser is None else folder / "model"))
-    build_datastore(backbone, DatastoreConfig(folder / "store", CorpusFile(options.data / "train.jsonl")))
+    backbone = model_of(variant, folder, options)
+    rekey(backbone, RekeyConfig(states_of(options, "train"), folder / "store"))
     test, validation = (read_split(options.data / f"{part}.jsonl") for part in ("test", "validation"))
-    decoding = Decoding(beams=4, batch_size=64, max_new_tokens=options.max_new_tokens)
+    test, validation = test[: options.sentences], validation[: options.sentences]
+    decoding = Decoding(beams=options.beams, batch_size=64, max_new_tokens=options.max_new_tokens)
     with Datastore(folder / "store") as store:
         report = build_index(store, IndexConfig(options.factory))
         scores = score(backbone, DatastoreMemory(store, open_index(store)), test, validation, options.nprobe, decoding)
@@ -151,12 +223,44 @@ def score_store(variant: Variant, folder: Path, options: argparse.Namespace) -> 
 
 def trained_table(results: dict[str, dict[str, Any]]) -> str:
     """What validation shows of all variants: likelihood against spread."""
-    rows = [["model", "loss per token", "imbalance", "homogeneity", "mean resultant length", "training, s"]]
+    rows = [
+        [
+            "model",
+            "loss per token",
+            "with neighbors",
+            "imbalance",
+            "codes scanned",
+            "mean resultant length",
+            "training, s",
+        ]
+    ]
     for name, result in results.items():
         values = result["validation"]
-        columns = ("loss", "imbalance_factor", "homogeneity", "mean_resultant_length")
+        columns = ("loss", "knn_loss", "imbalance_factor", "codes_scanned", "mean_resultant_length")
         rows.append([name, *(f"{values[column]:.3f}" for column in columns), f"{result['seconds']:.0f}"])
     return table(rows)
+
+
+def lists_table(results: dict[str, dict[str, Any]]) -> str:
+    """Imbalance factor and share of the keys that a query scans, a row for each way of making lists."""
+    ways = [(row["metric"], row["nlist"], row["sample"]) for row in next(iter(results.values()))["lists"]]
+    rows = [["metric", "lists", "k-means on", *results]]
+    for way in ways:
+        cells = []
+        for result in results.values():
+            row = next(row for row in result["lists"] if (row["metric"], row["nlist"], row["sample"]) == way)
+            cells.append(f"{row['imbalance_factor']:.2f} ({row['codes_scanned']:.2%})")
+        rows.append([way[0], f"{way[1]:,}", way[2], *cells])
+    return table(rows)
+
+
+def gain(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The imbalance of the base model over that of the last variant, where the base model's is largest."""
+    base, last = results[Variant(None).name]["lists"], list(results.values())[-1]["lists"]
+    worst = max(range(len(base)), key=lambda row: base[row]["imbalance_factor"])
+    before, after = base[worst]["imbalance_factor"], last[worst]["imbalance_factor"]
+    where = {name: base[worst][name] for name in ("metric", "nlist", "sample")}
+    return {"ratio": before / after, "base": before, "dispersed": after, "variant": list(results)[-1], **where}
 
 
 def scored_table(results: dict[str, dict[str, Any]], references: list[str]) -> str:
@@ -192,12 +296,12 @@ def found(options: argparse.Namespace, file: str) -> dict[str, dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> None:
     """Do what is asked for, and tabulate all that is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=("train", "score"), help="fine-tune; or build datastores and translate")
+    parser.add_argument("stage", nargs="?", default="lists", choices=("train", "lists", "score"), help="how far to go")
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--model", type=Path, default=Path("data/models/firefox-en-pt"))
     parser.add_argument("--data", type=Path, default=Path("data/libreoffice_help"))
     parser.add_argument("--only", nargs="*", help="names of variants; all by default", metavar="NAME")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--label-smoothing", type=float, default=0.0, help="0 for a model that was distilled")
     parser.add_argument("--max-tokens", type=int, default=1024)
@@ -205,6 +309,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--sample-nlist", type=int, default=128, help="lists of the keys of the validation split")
     parser.add_argument("--nprobe", type=int, default=8)
     parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--nlist", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--per-list", type=int, default=39, help="training keys for each list, of a uniform sample")
+    parser.add_argument("--shortest", type=float, nargs="*", default=[0.01, 0.02], help="shares of the keys")
+    parser.add_argument("--sentences", type=int, help="of the test and validation splits to score; all by default")
+    parser.add_argument("--beams", type=int, default=4)
+    parser.add_argument("--quick", action="store_true", help="few pairs, steps and lists, under a minute")
+    parser.add_argument("--json", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args(arguments)
@@ -212,15 +323,43 @@ def main(arguments: list[str] | None = None) -> None:
     names = [variant.name for variant in VARIANTS]
     if unknown := set(options.only or []) - set(names):
         parser.error(f"--only names {sorted(unknown)}, expected some of {names}")
+    with tempfile.TemporaryDirectory() as scratch:
+        if options.quick:
+            make_quick(options, Path(scratch))
+        study(options)
+
+
+def make_quick(options: argparse.Namespace, scratch: Path) -> None:
+    """Settings of a run that shows that everything runs; its figures say little."""
+    data = scratch / "data"
+    data.mkdir()
+    for split, most in (("train", 240), ("validation", 40), ("test", 8)):
+        lines = (options.data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+        (data / f"{split}.jsonl").write_text("".join(lines[:: max(1, len(lines) // most)][:most]), encoding="utf-8")
+    options.out, options.data, options.steps, options.max_tokens = scratch / "out", data, min(options.steps, 12), 200
+    options.nlist, options.shortest, options.sample_nlist = [32], [0.05], 4
+    options.only = options.only or ["base", "MHE, γ 10"]
+
+
+def study(options: argparse.Namespace) -> None:
+    """Do what is missing, and tabulate all that is there."""
     for variant in VARIANTS:
         if options.only is None or variant.name in options.only:
             folder = options.out / variant.name
             once(folder / "trained.json", partial(fine_tune, variant, folder, options))
+            if options.stage != "train":
+                once(folder / "lists.json", partial(measure_lists, variant, folder, options))
             if options.stage == "score":
                 once(folder / "scored.json", partial(score_store, variant, folder, options))
     print(trained_table(found(options, "trained.json")))
+    if lists := found(options, "lists.json"):
+        print(f"\n{lists_table(lists)}")
+    if options.json is not None:
+        trained = found(options, "trained.json")
+        made = {"trained": trained, "lists": lists, **(gain(lists) if Variant(None).name in lists else {})}
+        common.write_json(options.json, made | common.environment())
     if scored := found(options, "scored.json"):
-        references = [pair.tgt for pair in read_split(options.data / "test.jsonl")]
+        references = [pair.tgt for pair in read_split(options.data / "test.jsonl")][: options.sentences]
         print(f"\n{scored_table(scored, references)}")
 
 

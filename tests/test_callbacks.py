@@ -75,11 +75,11 @@ def indexed(monkeypatch: pytest.MonkeyPatch) -> list[NDArray[np.float32]]:
     """The keys of every index that IndexHealth makes; their lists do not depend on the order of the keys."""
     seen: list[NDArray[np.float32]] = []
 
-    def fixed(keys: NDArray[np.float32], nlist: int, **_: Any) -> NDArray[np.float32]:
+    def fixed(keys: NDArray[np.float32], nlist: int, *_: Any) -> NDArray[np.float32]:
         seen.append(keys)
         return np.random.default_rng(1).normal(size=(nlist, keys.shape[1])).astype(np.float32)
 
-    monkeypatch.setattr(index_health, "split_centroids", fixed)
+    monkeypatch.setattr(index_health, "metric_centroids", fixed)
     return seen
 
 
@@ -116,7 +116,7 @@ def test_scanned_codes_are_those_that_faiss_scans_for_keys_that_are_not_in_the_i
 ) -> None:
     calls: list[tuple[Any, ...]] = []
     measure = index_health.index_health
-    monkeypatch.setattr(index_health, "index_health", lambda *given: (calls.append(given), measure(*given))[1])
+    monkeypatch.setattr(index_health, "index_health", lambda *given, **_: (calls.append(given), measure(*given))[1])
     run = trainer(tmp_path, [IndexHealth(NLIST, nprobe=2, queries=20)])
     (values,) = run.validate(module, data, verbose=False)
     keys, _, queries, centroids, _ = (part.numpy() if isinstance(part, torch.Tensor) else part for part in calls[0])

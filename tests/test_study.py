@@ -26,14 +26,18 @@ def test_a_variant_is_trained_and_scored_once(
     arguments = [
         *("score", "--out", str(tmp_path / "out"), "--model", str(marian_folder), "--data", str(tmp_path / "data")),
         *("--steps", "4", "--max-tokens", "100", "--factory", "IVF4,Flat", "--sample-nlist", "2", "--nprobe", "2"),
-        *("--max-new-tokens", "16"),
+        *("--max-new-tokens", "16", "--nlist", "4", "--shortest", "0.5"),
         *("--only", "base", "sliced, γ 1"),
     ]
     dispersion.main(arguments)
     table = capsys.readouterr().out
     folder = tmp_path / "out" / "sliced, γ 1"
     trained, scored = (json.loads((folder / f"{name}.json").read_text()) for name in ("trained", "scored"))
-    assert {"loss", "imbalance_factor", "homogeneity", "mean_resultant_length"} <= set(trained["validation"])
+    names = {"loss", "knn_loss", "imbalance_factor", "homogeneity", "mean_resultant_length", "codes_scanned"}
+    assert names <= set(trained["validation"])
+    lists = json.loads((folder / "lists.json").read_text())["lists"]
+    assert [row["sample"] for row in lists] == ["uniform", "shortest 50%"] * 4
+    assert all(row["imbalance_factor"] >= 1 and 0 < row["codes_scanned"] <= 1 for row in lists)
     with Datastore(folder / "store") as store:
         assert scored["index"]["entries"] == len(store)
         sizes = torch.from_numpy(open_index(store).list_sizes())
@@ -43,6 +47,48 @@ def test_a_variant_is_trained_and_scored_once(
     dispersion.main(arguments)
     assert (folder / "scored.json").stat().st_mtime_ns == before
     assert capsys.readouterr().out == table
+
+
+def test_a_quick_study_tells_the_gain_where_the_base_is_most_unbalanced(marian_folder: Path, tmp_path: Path) -> None:
+    import dispersion
+
+    pairs = corpus_pairs(300)
+    write_splits(tmp_path / "data", {"train": pairs[:260], "validation": pairs[260:], "test": pairs[260:]}, {})
+    path = tmp_path / "out.json"
+    dispersion.main(
+        [
+            "--quick",
+            "--json",
+            str(path),
+            "--model",
+            str(marian_folder),
+            "--data",
+            str(tmp_path / "data"),
+            "--steps",
+            "2",
+        ]
+    )
+    result = json.loads(path.read_text())
+    base, dispersed = (result["lists"][name]["lists"] for name in ("base", "MHE, γ 10"))
+    factors = [row["imbalance_factor"] for row in base]
+    assert result["base"] == max(factors)
+    assert result["ratio"] == pytest.approx(max(factors) / dispersed[factors.index(max(factors))]["imbalance_factor"])
+
+
+def test_stored_states_are_measured_against_the_whole_model(
+    marian_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import stored_states
+
+    pairs = corpus_pairs(80)
+    write_splits(tmp_path, {"train": pairs, "validation": [], "test": []}, {})
+    path = tmp_path / "out.json"
+    options = ("--data", str(tmp_path), "--max-tokens", "60", "--steps", "3")
+    stored_states.main(["--quick", "--json", str(path), "--model", str(marian_folder), *options])
+    result = json.loads(path.read_text())
+    medians = result["steps"]["median_ms"]
+    assert result["ratio"] == pytest.approx(medians["whole model"] / medians["stored states"])
+    assert result["entries"] > 80 and "storing the states took" in capsys.readouterr().out
 
 
 def test_an_unknown_variant_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def test_dispersion_configurations_and_their_variants_are_read(path: Path, monke
     config = parsed(["fit", "--config", str(path)], monkeypatch)
     assert config.model.trainable == "last_block" and config.model.gamma == 1
     assert config.model.schedule.max_steps == config.trainer.max_steps <= 5000
-    assert len(variants()) == 9
+    assert len(variants()) == 10
     for options in variants():
         other = parsed(["fit", "--config", str(path), *options], monkeypatch)
         assert other != config or (config.model.label_smoothing == 0 and "label_smoothing" in options[0]), options

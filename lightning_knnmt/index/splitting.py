@@ -8,7 +8,8 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_knnmt.index.layers import at_lists, find_ivf
+from lightning_knnmt.index.layers import FAISS_METRICS, at_lists, find_ivf
+from lightning_knnmt.metric import Metric
 
 Flat = Callable[[int], faiss.Index]
 
@@ -64,6 +65,25 @@ def split_centroids(
             heapq.heappush(longest, (-len(members[changed]), changed))
     centroids += centroids[:1] * (nlist - len(centroids))  # fewer different keys than lists: the rest stay empty
     return np.stack(centroids)
+
+
+def metric_centroids(
+    sample: NDArray[np.float32], nlist: int, metric: Metric, unit: bool, seed: int = 1
+) -> NDArray[np.float32]:
+    """Centroids by k-means as an index of a metric is trained.
+
+    Args:
+        sample: Keys as the metric sees them (`layers.seen_by`), shape (N, D).
+        nlist: Number of lists.
+        metric: By what keys are near.
+        unit: Whether centroids get unit norm.
+        seed: Of k-means.
+
+    Returns:
+        Shape (nlist, D).
+    """
+    flat = partial(_exact, metric=FAISS_METRICS[metric])
+    return split_centroids(sample, nlist, 0.0, seed=seed, flat=flat, unit=unit)
 
 
 def give_centroids(

@@ -1,5 +1,8 @@
 """Training and validation batches for Lightning."""
 
+import random
+from collections.abc import Iterator
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,10 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_knnmt.backbone.batch import Batch, collate
 from lightning_knnmt.backbone.pretrained import PretrainedModel
-from lightning_knnmt.data.batching import TokenBudgetSampler
+from lightning_knnmt.data.batching import TokenBudgetSampler, token_budget_batches
 from lightning_knnmt.data.splits import read_split
 from lightning_knnmt.training.resuming import ResumableBatches
-from lightning_knnmt.training.stored_states import StoredStates
+from lightning_knnmt.training.stored_states import StateBatch, StoredStates
 
 if TYPE_CHECKING:
     from lightning_knnmt.training import TranslationModule
@@ -95,11 +98,28 @@ class TranslationDataModule(L.LightningDataModule):
         sampler = TokenBudgetSampler(
             split.lengths, max_tokens, shuffle, self.seed, self.trainer.global_rank, self.trainer.world_size
         )
-        collate = split.collate if isinstance(split, StoredStates) else self._collate
+        collate: Any = split.collate if isinstance(split, StoredStates) else self._collate
         return DataLoader(split, batch_sampler=sampler, collate_fn=collate)
 
     def _collate(self, items: list[tuple[list[int], list[int]]]) -> Batch:
         return collate([src for src, _ in items], [tgt for _, tgt in items], self._pad_id)
+
+    def sample(self, tokens: int, seed: int = 1) -> Iterator[Batch | StateBatch]:
+        """Batches of a uniform sample of the training split's pairs, the same at every call.
+
+        Args:
+            tokens: About how many target tokens the pairs have together; all of them, if there are fewer.
+            seed: Of the sample.
+        """
+        split = self.splits["train"]
+        lengths = split.lengths
+        rows = list(range(len(lengths)))
+        random.Random(seed).shuffle(rows)
+        totals = accumulate(lengths[row] for row in rows)
+        rows = rows[: next((number for number, total in enumerate(totals, 1) if total >= tokens), None)]
+        collate: Any = split.collate if isinstance(split, StoredStates) else self._collate
+        for batch in token_budget_batches([lengths[row] for row in rows], self.validation_max_tokens):
+            yield collate([split[rows[item]] for item in batch])
 
     def train_dataloader(self) -> ResumableBatches:
         """Shuffled batches of the training split, of which a resumed run sees each once."""

@@ -12,9 +12,13 @@ from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.dispersion import functional as F
 from lightning_knnmt.index.balance import imbalance, purity, scanned
-from lightning_knnmt.index.config import choose_nlist
-from lightning_knnmt.index.splitting import split_centroids
+from lightning_knnmt.index.config import IndexConfig, choose_nlist
+from lightning_knnmt.index.splitting import metric_centroids
+from lightning_knnmt.metric import Metric, distances, seen_by
+from lightning_knnmt.training.datamodule import TranslationDataModule
 from lightning_knnmt.training.metrics import KeySample
+from lightning_knnmt.training.module import TranslationModule
+from lightning_knnmt.training.neighbor_loss import neighbor_loss
 from lightning_knnmt.training.pictures import list_size_histogram, log_figure
 
 
@@ -32,7 +36,13 @@ class Health:
 
 
 def index_health(
-    keys: Tensor, tokens: Tensor, queries: Tensor, centroids: Tensor, nprobe: int, chunk: int = 4096
+    keys: Tensor,
+    tokens: Tensor,
+    queries: Tensor,
+    centroids: Tensor,
+    nprobe: int,
+    chunk: int = 4096,
+    metric: Metric = "l2",
 ) -> Health:
     """Put keys into the lists of their nearest centroids, and measure the lists and what queries scan of them.
 
@@ -43,10 +53,11 @@ def index_health(
         centroids: Of the lists, shape (nlist, D).
         nprobe: Lists that a query scans; all, if there are fewer.
         chunk: Keys whose distances are held in memory at once.
+        metric: By what keys are near to centroids.
     """
-    lists = nearest_lists(keys, centroids, 1, chunk)[:, 0]
+    lists = nearest_lists(keys, centroids, 1, chunk, metric)[:, 0]
     sizes = torch.bincount(lists, minlength=len(centroids))
-    probed = nearest_lists(queries, centroids, min(nprobe, len(centroids)), chunk)
+    probed = nearest_lists(queries, centroids, min(nprobe, len(centroids)), chunk, metric)
     length = F.mean_resultant_length(keys)
     values = {
         "imbalance_factor": imbalance(sizes),
@@ -58,14 +69,18 @@ def index_health(
     return Health(sizes, values)
 
 
-def nearest_lists(keys: Tensor, centroids: Tensor, number: int, chunk: int = 4096) -> Tensor:
-    """The lists with the nearest centroids (squared L2) of each key, nearest first: (N, D), (nlist, D) -> (N, number).
+def nearest_lists(keys: Tensor, centroids: Tensor, number: int, chunk: int = 4096, metric: Metric = "l2") -> Tensor:
+    """The lists with the nearest centroids of each key, nearest first: (N, D), (nlist, D) -> (N, number).
 
     >>> centroids = torch.tensor([[0.0, 0.0], [5.0, 0.0], [9.0, 0.0]])
     >>> nearest_lists(torch.tensor([[8.0, 1.0]]), centroids, number=2)
     tensor([[2, 1]])
     """
-    found = [torch.cdist(part, centroids).topk(number, largest=False).indices for part in keys.split(chunk)]
+    by: Metric = "l2" if metric == "l2" else "ip"  # centroids are compared as they are, also by cosine
+    found = [
+        distances(seen_by(part, metric), centroids, by).topk(number, largest=False).indices
+        for part in keys.split(chunk)
+    ]
     return torch.cat(found)
 
 
@@ -73,8 +88,10 @@ class IndexHealth(L.Callback):
     """Build the lists of an inverted file over held-out keys in each validation, and log how even they are.
 
     Logs `val/imbalance_factor`, `val/homogeneity`, `val/mean_resultant_length`, `val/spherical_variance`,
-    `val/codes_scanned`, and the picture `val/list_sizes`. `val/codes_scanned` is measured: the mean number of entries
-    that other keys of the validation split, which are not in the index, scan as queries. The values are there before
+    `val/codes_scanned`, `val/knn_loss`, and the picture `val/list_sizes`. `val/codes_scanned` is measured: the mean
+    number of entries that other keys of the validation split, which are not in the index, scan as queries.
+    `val/knn_loss` is the negative log-likelihood of these queries' tokens with neighbors from a small store of training
+    keys: what evenness is for, and what no ruined model has. The values are there before
     any checkpoint or early stop looks for them. Even keys without structure have an imbalance factor of about
     1 + nlist / N: compare only samples of one size.
 
@@ -85,6 +102,11 @@ class IndexHealth(L.Callback):
         queries: Keys sampled as queries beside those; at most a tenth of the validation split's keys.
         seed: Seed of the sample and of k-means.
         picture: Whether to draw the histogram of list sizes.
+        metric: By what keys are near: `l2`, `ip` or `cos`, as the index that is to be built.
+        spherical: Whether centroids have unit norm, under `ip` and `cos`; None: they do.
+        knn_tokens: Target tokens of the training split whose keys make the store behind `val/knn_loss`; 0: no such
+            loss.
+        k: Neighbors of each query there.
     """
 
     def __init__(
@@ -95,8 +117,15 @@ class IndexHealth(L.Callback):
         queries: int = 2000,
         seed: int = 1,
         picture: bool = True,
+        metric: Metric = "l2",
+        spherical: bool | None = None,
+        knn_tokens: int = 20_000,
+        k: int = 8,
     ) -> None:
-        check_at_least(1, nlist=nlist, max_keys=max_keys, nprobe=nprobe, queries=queries)
+        check_at_least(1, nlist=nlist, max_keys=max_keys, nprobe=nprobe, queries=queries, k=k)
+        check_at_least(0, knn_tokens=knn_tokens)
+        self.lists = IndexConfig(metric=metric, spherical=spherical)  # which checks them
+        self.knn_tokens, self.k = knn_tokens, k
         if nlist is not None and nlist > max_keys:
             raise ValueError(f"nlist is {nlist}, expected at most max_keys={max_keys}")
         self.nlist, self.max_keys, self.nprobe, self.queries = nlist, max_keys, nprobe, queries
@@ -134,6 +163,8 @@ class IndexHealth(L.Callback):
         if trainer.is_global_zero:
             health = self._measure(keys, tokens)
             values = {name: float(value) for name, value in health.values.items()}
+            if (loss := self._neighbor_loss(trainer, pl_module, keys, tokens)) is not None:
+                values["knn_loss"] = loss
             if self.picture:
                 log_figure(trainer, "val/list_sizes", list_size_histogram(health.sizes.cpu(), trainer.global_step))
         for name, value in trainer.strategy.broadcast(values).items():
@@ -142,8 +173,32 @@ class IndexHealth(L.Callback):
     def _measure(self, keys: Tensor, tokens: Tensor) -> Health:
         if len(keys) < 2:
             raise ValueError(f"the validation split has {len(keys)} target token, expected 2 or more for IndexHealth")
-        held_out = max(1, min(self.queries, len(keys) // 10))
+        held_out = self._held_out(keys)
         queries, keys, tokens = keys[:held_out], keys[held_out:], tokens[held_out:]
         nlist = choose_nlist(len(keys)) if self.nlist is None else self.nlist
-        centroids = split_centroids(keys.cpu().numpy(), nlist, share=0.0, seed=self.seed)
-        return index_health(keys, tokens, queries, torch.from_numpy(centroids).to(keys.device), self.nprobe)
+        metric, unit = self.lists.metric, self.lists.unit_centroids
+        sample = seen_by(keys, metric).cpu().numpy()
+        centroids = torch.from_numpy(metric_centroids(sample, nlist, metric, unit, self.seed)).to(keys.device)
+        return index_health(keys, tokens, queries, centroids, self.nprobe, metric=metric)
+
+    def _held_out(self, keys: Tensor) -> int:
+        """How many keys of the sample are queries: the first ones."""
+        return max(1, min(self.queries, len(keys) // 10))
+
+    def _neighbor_loss(
+        self, trainer: L.Trainer, module: L.LightningModule, keys: Tensor, tokens: Tensor
+    ) -> float | None:
+        """The loss of the queries' tokens with neighbors; None if there is no training split to take them from."""
+        data = getattr(trainer, "datamodule", None)
+        if not self.knn_tokens or not isinstance(data, TranslationDataModule) or "train" not in data.splits:
+            return None
+        assert isinstance(module, TranslationModule)
+        parts = [module.states(batch.to(module.device)) for batch in data.sample(self.knn_tokens, self.seed)]
+        stored, values = (torch.cat(part) for part in zip(*parts, strict=True))
+        queries, wanted = (part[: self._held_out(keys)] for part in (keys, tokens))
+        log_probs = [
+            module.backbone.project(rows).float().log_softmax(1).gather(1, right[:, None])[:, 0]
+            for rows, right in zip(queries.split(256), wanted.split(256), strict=True)
+        ]
+        loss = neighbor_loss(stored.float(), values, queries, wanted, torch.cat(log_probs), self.k, self.lists.metric)
+        return float(loss.value)
