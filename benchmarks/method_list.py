@@ -1,7 +1,10 @@
 """The methods that are compared, read from a YAML file, and the file that each is tuned to."""
 
 import re
+from collections.abc import Collection, Mapping
+from contextlib import chdir
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -11,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_knnmt.backbone.config import BackboneConfig
+from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.decoding import Decoding
 from lightning_knnmt.evaluation.tuning import Grid
 from lightning_knnmt.knn.combiners.combiner import Combiner
@@ -31,11 +35,12 @@ class Method:
         combiner: How they are mixed in.
         gate: Which rows search.
         datastore: Its folder; None: the whole store.
+        translation_memory: Pairs that are searched in place of a datastore.
         index: Name of the index.
         files: Patterns of the files in the datastore's folder that a search reads.
         like: The method whose tuned options it begins with; None: with those given here.
         grid: Options to tune; a list that is left out is not tuned. None: nothing is tuned.
-        seeds: Seeds that `${seed}` stands for, each measured; none: there is nothing random.
+        tune_scale: Tune the options that are distances, too, where they come from another method.
     """
 
     title: str
@@ -44,11 +49,12 @@ class Method:
     combiner: Combiner | None = None
     gate: Gate | None = None
     datastore: Path | None = None
+    translation_memory: CorpusFile | None = None
     index: str = "index"
     files: list[str] = field(default_factory=lambda: ["index*.faiss"])
     like: str | None = None
     grid: dict[str, Any] | None = None
-    seeds: list[int] = field(default_factory=list)
+    tune_scale: bool = False
 
     @property
     def mixture(self) -> MixtureConfig:
@@ -68,7 +74,7 @@ class Method:
         given = dict(self.grid or {})
         own = {name: [value] for part in mixture.parts for name, value in part.options.items()}
         kept: dict[str, Any] = {name: own[name] for name in ("k", "lambda_", "nprobe") if name in own}
-        if "temperature" in own and self.like is not None:
+        if "temperature" in own and self.like is not None and not self.tune_scale:
             kept["temperature"] = own["temperature"]
         return Grid(**{**kept, "max_tokens": max_tokens, "finalists": finalists, **given})
 
@@ -78,32 +84,55 @@ class Method:
             return self
         ends = {name: _ends(values) for name, values in self.grid.items() if name != "others"}
         others = {name: _ends(values) for name, values in self.grid.get("others", {}).items()}
-        return replace(self, grid=ends | {"others": others}, seeds=self.seeds[:1])
+        return replace(self, grid=ends | {"others": others})
 
 
 def _ends(values: Any) -> Any:
     return [values[0], values[-1]] if isinstance(values, list) and len(values) > 1 else values
 
 
-def read_methods(path: Path, **words: str) -> dict[str, Method]:
-    """Methods by name; those with seeds once for each, as NAME-SEED.
+def read_methods(
+    path: Path, words: Mapping[str, str], chosen: Collection[str] = (), quick: bool = False, make: bool = True
+) -> dict[str, Method]:
+    """Methods by name; those with `seeds` once for each, as NAME-SEED.
 
     Args:
         path: A file such as methods.yaml.
         words: What stands for `${store}` and the like.
+        chosen: Names without seeds of the methods that are wanted; those that they are `like` come too. None: all.
+        quick: Read the first seed only, and train for two epochs.
+        make: Run the `command` of each method whose `needs` are not there.
 
     Raises:
         ValueError: An option is unknown or does not fit.
     """
-    text = path.read_text(encoding="utf-8")
+    listed = yaml.safe_load(path.read_text(encoding="utf-8"))
+    likes = {name: options.get("like") for name, options in listed.items()}
+    if unknown := sorted(({*chosen, *likes.values()} - {None}) - set(listed)):
+        raise ValueError(f"{', '.join(map(str, unknown))} is no method of {path}, expected some of {', '.join(listed)}")
+    wanted = {*(chosen or listed)}
+    for name in reversed(listed):
+        if name in wanted and likes[name]:
+            wanted.add(likes[name])
     methods = {}
-    for name, options in yaml.safe_load(text).items():
-        for seed in options.get("seeds") or [None]:
-            filled = Template(yaml.safe_dump(options)).safe_substitute(words, seed=seed)
-            methods[name if seed is None else f"{name}-{seed}"] = parse_method(name, yaml.safe_load(filled))
-    if unknown := {method.like for method in methods.values()} - {None, *methods}:
-        raise ValueError(f"like is {', '.join(map(str, unknown))}, expected the name of a method in {path}")
+    for name in [name for name in listed if name in wanted]:
+        seeds = listed[name].pop("seeds", [None])
+        for seed in seeds[:1] if quick else seeds:
+            filled = yaml.safe_load(Template(yaml.safe_dump(listed[name])).safe_substitute(words, seed=seed))
+            needs, command = filled.pop("needs", None), filled.pop("command", [])
+            if make and needs and not Path(needs).exists():
+                _run(" ".join(command).split(), quick)
+            method = parse_method(name, filled)
+            methods[name if seed is None else f"{name}-{seed}"] = method.quick() if quick else method
     return methods
+
+
+def _run(command: list[str], quick: bool) -> None:
+    """Call a script of the repository, in its folder."""
+    script, *arguments = command
+    shorter = ["--trainer.max_epochs", "2"] if quick and script == "train.py" else []
+    with chdir(Path(__file__).resolve().parents[1]):
+        import_module(script.removesuffix(".py")).main([*arguments, *shorter])
 
 
 def parse_method(name: str, options: dict[str, Any]) -> Method:
@@ -126,7 +155,8 @@ def translate_file(
     """Write the configuration with which `translate.py` translates by a tuned method."""
     from evaluate import translate_config
 
-    text = translate_config(backbone, method.datastore or store, method.index, mixture, decoding)
+    searched = method.translation_memory or method.datastore or store
+    text = translate_config(backbone, searched, method.index, mixture, decoding)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"# {method.title}: written by benchmarks/methods.py\n{text}\n", encoding="utf-8")
 
@@ -137,15 +167,6 @@ def read_translate_file(path: Path) -> MixtureConfig:
     parser.add_function_arguments(open_translator, skip={"start"})
     options = parser.instantiate_classes(parser.parse_path(str(path)))
     return MixtureConfig.of(options.knn, options.retriever, options.combiner, options.gate)
-
-
-def with_likes(methods: dict[str, Method], chosen: set[str]) -> dict[str, Method]:
-    """The methods that are chosen, by their names without seeds, and those that they begin with."""
-    kept: set[str] = set()
-    for name, method in reversed(methods.items()):
-        if without_seed(name) in chosen or name in kept:
-            kept |= {name} | ({method.like} if method.like else set())
-    return {name: method for name, method in methods.items() if name in kept}
 
 
 def without_seed(name: str) -> str:

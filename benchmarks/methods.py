@@ -16,18 +16,20 @@ from typing import Any
 
 import common
 import numpy as np
-from method_list import Method, read_methods, read_translate_file, translate_file, with_likes, without_seed
+from method_list import Method, read_methods, read_translate_file, translate_file, without_seed
 from tiny_setting import make_setting
 
 from lightning_knnmt.backbone.config import BackboneConfig, load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.data.readers import read_pairs
 from lightning_knnmt.data.splits import read_split
 from lightning_knnmt.decoding import Decoding, Translations, Translator
 from lightning_knnmt.evaluation.report import table
 from lightning_knnmt.evaluation.scores import corpus_scores, paired_bootstrap
 from lightning_knnmt.evaluation.tuning import check_apart, tune
 from lightning_knnmt.knn.mixture import PlainModel
+from lightning_knnmt.knn.pair_memory import PairMemory
 from lightning_knnmt.knn.settings import MixtureConfig
 from lightning_knnmt.memory import DatastoreMemory, open_memory
 
@@ -52,15 +54,16 @@ class Bench:
         validation, test = (read_split(options.data / f"{part}.jsonl") for part in ("validation", "test"))
         check_apart(validation, test)
         self.validation, self.test = sample(validation, options.validation), sample(test, options.sentences)
-        self._memories: dict[tuple[Path, str], DatastoreMemory] = {}
+        self._memories: dict[tuple[Path, str], DatastoreMemory | PairMemory] = {}
         self._plain_bleu: float | None = None
 
-    def memory(self, method: Method) -> DatastoreMemory:
+    def memory(self, method: Method) -> DatastoreMemory | PairMemory:
         """The memory of a method, opened once."""
-        folder, index = method.datastore or self.options.store, method.index
-        if (folder, index) not in self._memories:
-            self._memories[folder, index] = open_memory(folder, index)
-        return self._memories[folder, index]
+        pairs = method.translation_memory
+        where = (pairs.path if pairs else method.datastore or self.options.store, method.index)
+        if where not in self._memories:
+            self._memories[where] = PairMemory(self.model, read_pairs(pairs)) if pairs else open_memory(*where)
+        return self._memories[where]
 
     def tuned(self) -> dict[str, MixtureConfig]:
         """The mixture of each method, tuned where no file has it."""
@@ -94,8 +97,8 @@ class Bench:
 
     def bytes_per_entry(self, name: str) -> float:
         """Bytes of what the search reads, for each entry of the whole store, of which a method may keep fewer."""
-        method, whole = self.methods[name], len(self.memory(self.methods[BASE]))
-        if name == PLAIN:
+        method, whole = self.methods[name], self.entries(BASE)
+        if name == PLAIN or method.translation_memory is not None:
             return 0.0
         folder = method.datastore or self.options.store
         files = {path for pattern in method.files for path in folder.glob(pattern)}
@@ -104,6 +107,8 @@ class Bench:
     def entries(self, name: str) -> int:
         """Entries that a method's search finds."""
         memory = self.memory(self.methods[name])
+        if isinstance(memory, PairMemory):
+            return 0  # stored
         return len(memory) - len(memory.datastore.removed)
 
 
@@ -142,7 +147,9 @@ def measure(options: argparse.Namespace, methods: dict[str, Method]) -> dict[str
     for name, translator in translators.items():
         translations[name] = translator.translate(sources)
         log.info("%s: BLEU %.2f", name, corpus_scores(translations[name].texts, references).bleu.value)
-    rates = speeds(translators, [pair.src for pair in sample(bench.test, options.timed)], options.repeats)
+    first = {without_seed(name): name for name in reversed(translators)}  # [method -> its first seed]
+    timed = {method: translators[name] for method, name in reversed(first.items())}
+    rates = speeds(timed, [pair.src for pair in sample(bench.test, options.timed)], options.repeats)
     results = {}
     for name, done in translations.items():
         scores = corpus_scores(done.texts, references)
@@ -152,8 +159,8 @@ def measure(options: argparse.Namespace, methods: dict[str, Method]) -> dict[str
             "bleu": round(scores.bleu.value, 2),
             "chrf": round(scores.chrf.value, 2),
             "interval": {n: round(getattr(against, n), 4) for n in ("delta", "low", "high", "p_value")},
-            "tokens_per_second": round(statistics.median(rates[name]), 1),
-            "tokens_per_second_repeats": [round(rate, 1) for rate in rates[name]],
+            "tokens_per_second": round(statistics.median(rates[without_seed(name)]), 1),
+            "tokens_per_second_repeats": [round(rate, 1) for rate in rates[without_seed(name)]],
             "searches_per_token": round(searches(done), 4),
             "bytes_per_entry": round(bench.bytes_per_entry(name), 1),
             "entries": bench.entries(name),
@@ -238,13 +245,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.quick:
             options.model, options.data, options.store = make_setting(Path(folder), options.seed)
             options.out, options.max_new_tokens, options.finalists = Path(folder) / "out", 16, 1
-        words = {"store": str(options.store), "data": str(options.data), "out": str(options.out)}
-        methods = read_methods(options.methods, **words)
-        if unknown := set(options.only or []) - {without_seed(name) for name in methods}:
-            parser.error(f"--only names {sorted(unknown)}, expected some of {sorted(methods)}")
-        methods = with_likes(methods, {PLAIN, BASE, *(options.only or map(without_seed, methods))})
-        if options.quick:
-            methods = {name: method.quick() for name, method in methods.items()}
+        words = {name: str(getattr(options, name).resolve()) for name in ("model", "store", "data", "out")}
+        chosen = {PLAIN, BASE, *options.only} if options.only else ()
+        methods = read_methods(options.methods, words, chosen, options.quick)
         result = measure(options, methods)
     print(markdown(result))
     print(f"\nratio {result['ratio']}")
