@@ -43,7 +43,7 @@ class Ending(PlainModel):
     def __init__(self, eos: int) -> None:
         self.eos, self.steps, self.lengths = eos, [], Counter[int]()
 
-    def mixed(self, step: Step, spans: object = None) -> Step:
+    def mixed(self, step: Step, spans: object = None, widen: object = None) -> Step:
         self.steps.append(step.sentence.tolist())
         self.lengths.update(set(step.sentence.tolist()))
         ends = [row for row, number in enumerate(step.sentence.tolist()) if self.lengths[number] > 1 + number % 5]

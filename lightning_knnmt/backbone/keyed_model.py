@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.backbone.config import BackboneConfig
+from lightning_knnmt.backbone.firefox.shortlist import Shortlist
 from lightning_knnmt.backbone.row_decoder import RowDecoder
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.sentences import Sentence, SentenceSplitter
@@ -166,6 +167,15 @@ class KeyedModel(nn.Module, ABC):
     def projection_weights(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight (V, D) and bias (V,) with which `project` is F.linear; None: it is something else."""
         return None
+
+    def shortlist(self) -> Shortlist | None:
+        """The model's own table of likely target tokens; None: it has none."""
+        return None
+
+    @property
+    def shares_vocabulary(self) -> bool:
+        """Whether a source token may be copied, since the target has the same vocabulary."""
+        return True
 
     @abstractmethod
     def mixing(self, mix: Callable[[Tensor, Tensor], Tensor]) -> AbstractContextManager[None]:

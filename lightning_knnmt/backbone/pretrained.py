@@ -17,6 +17,7 @@ from lightning_knnmt.backbone.families import Family, logits_bias
 from lightning_knnmt.backbone.fine_tuning import freeze_below_output, frozen_fingerprint, saved_state
 from lightning_knnmt.backbone.fingerprint import model_fingerprint, tokenizer_fingerprint
 from lightning_knnmt.backbone.hub import device_of
+from lightning_knnmt.backbone.int8 import quantize_linears
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.backbone.tap import KeysReached, KeyTap, tap_input
 
@@ -36,7 +37,7 @@ class PretrainedModel(KeyedModel):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__(config)
         self.frozen = False
-        self._place = device_of(config.device)
+        self._place = device_of("cpu" if config.quantization == "int8" else config.device)
 
     def place(self, model: PreTrainedModel) -> None:
         """Take a loaded model, for evaluation, to its device."""
@@ -44,6 +45,8 @@ class PretrainedModel(KeyedModel):
         for name in model._keys_to_ignore_on_save or ():  # tables that are computed anew at each loading
             model.get_parameter(name).requires_grad_(False)
         self.to(self._place)
+        if self.config.quantization == "int8":
+            quantize_linears(model, self.output_projection)
 
     @property
     def device(self) -> torch.device:

@@ -1,6 +1,8 @@
 """Pretrained Hugging Face translation models: encoder and decoder."""
 
 from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -10,6 +12,7 @@ from transformers import AutoModelForSeq2SeqLM
 from lightning_knnmt.backbone.batch import Batch, collate
 from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.backbone.families import family_of, position_limit, splitter_of
+from lightning_knnmt.backbone.firefox.shortlist import SHORTLIST_FILE, Shortlist, read_shortlist
 from lightning_knnmt.backbone.hub import read_config, read_weights
 from lightning_knnmt.backbone.keyed_model import TokenIds
 from lightning_knnmt.backbone.languages import check_target_prefix, decoder_start, set_languages
@@ -87,6 +90,20 @@ class Seq2SeqModel(PretrainedModel):
     def stepwise(self, beams: int) -> RowDecoder:
         """Decoding one step at a time."""
         return self.family.decoder(self, beams)
+
+    def shortlist(self) -> Shortlist | None:
+        """The table of the model's folder; None: there is none."""
+        return self._shortlist
+
+    @cached_property
+    def _shortlist(self) -> Shortlist | None:
+        file = Path(self.name, SHORTLIST_FILE)
+        return read_shortlist(file, self.vocabulary_size - 1) if file.is_file() else None
+
+    @property
+    def shares_vocabulary(self) -> bool:
+        """Whether a source token may be copied, since the target has the same vocabulary."""
+        return bool(getattr(self.model.config, "share_encoder_decoder_embeddings", True))
 
     def generate(self, batch: Batch, **options: Any) -> Tensor:
         """Hugging Face's `generate`, begun as the target language asks, shape (sequences, T)."""

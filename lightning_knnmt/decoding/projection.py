@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_knnmt.backbone.int8 import int8_linear
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 
 _ROWS = 128  # for which oneDNN lays the weights out; other numbers of rows take the same layout
@@ -15,6 +16,7 @@ class Projection:
 
     On a CPU, float32 weights are laid out once as oneDNN likes them, which makes the product of few rows with a whole
     vocabulary up to twice as fast as `F.linear`, whose layout begins anew at each step. It takes as much memory again.
+    With `quantization: int8` the product is one of 8-bit integers.
 
     Args:
         model: The model.
@@ -36,6 +38,8 @@ class Projection:
         return self._laid_out(outputs)
 
     def _lay_out(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        if self._model.config.quantization == "int8":
+            return int8_linear(weight, bias)
         if not torch.backends.mkldnn.is_available():
             return self._model.project
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _ROWS)

@@ -19,13 +19,12 @@ def search(predictor: Predictor, waiting: "Waiting") -> dict[int, Tensor]:
         predictor: A model, a mixture and rules; its decoder has no rows yet.
         waiting: The sentences.
     """
-    decoder, spans, options = predictor.decoder, predictor.spans, predictor.options
-    sequences: Sequences = (Beams if options.beams > 1 else Greedy)(options, decoder.start_id)
+    spans, options = predictor.spans, predictor.options
+    sequences: Sequences = (Beams if options.beams > 1 else Greedy)(options, predictor.decoder.start_id)
     found: dict[int, Tensor] = {}
     while len(sequences) or waiting.left:
         for batch, numbers in waiting.entering(len(sequences)):
-            with spans.span("encoder", len(batch)):
-                decoder.enter(batch)
+            predictor.enter(batch)
             sequences.enter(numbers.to(options.eos_ids.device))
         best = predictor.best(sequences)
         with spans.span("beams", len(sequences)):
@@ -33,7 +32,7 @@ def search(predictor: Predictor, waiting: "Waiting") -> dict[int, Tensor]:
         with spans.span("bookkeeping", len(sequences)):
             found.update(advance.done)
             if options.beams > 1 or advance.sentences is not None:
-                decoder.select(advance.rows, advance.sentences)
+                predictor.select(advance.rows, advance.sentences)
     return found
 
 

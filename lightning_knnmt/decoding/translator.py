@@ -8,15 +8,18 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.checks import check_at_least, check_one_of, check_texts
 from lightning_knnmt.data.sentences import join
+from lightning_knnmt.decoding.candidates import Candidates
 from lightning_knnmt.decoding.options import SearchOptions, search_options
 from lightning_knnmt.decoding.prediction import Predictor
 from lightning_knnmt.decoding.projection import Projection
 from lightning_knnmt.decoding.search import Waiting, search
+from lightning_knnmt.decoding.shortlist import open_shortlist
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
 from lightning_knnmt.knn.step import Step, sentences_of_rows
 from lightning_knnmt.timing import Spans
@@ -70,6 +73,9 @@ class Decoding:
         options: Further options of Hugging Face's `generate` that produce one translation, a token at a time.
         loop: `own`: a search that gives what `generate` gives and is faster, wherever model and options allow it;
             `generate`: Hugging Face's own, always.
+        shortlist: Predict only tokens that are likely for the sources, and those that neighbors bring, by a table:
+            `model`: the lexical shortlist that models of Firefox Translations come with; a .npz file: one learned from
+            a translation memory (`learn_shortlist`); None: the whole vocabulary. It needs the own loop.
     """
 
     beams: int = 4
@@ -77,10 +83,13 @@ class Decoding:
     max_new_tokens: int = 256
     options: dict[str, Any] = field(default_factory=dict)
     loop: Loop = "own"
+    shortlist: str | None = None
 
     def __post_init__(self) -> None:
         check_at_least(1, beams=self.beams, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
         check_one_of(get_args(Loop), loop=self.loop)
+        if self.shortlist is not None and self.loop == "generate":
+            raise ValueError(f"shortlist is {self.shortlist} and loop is generate, expected loop own")
         for name, advice in _UNFIT_OPTIONS.items():
             if self.options.get(name):
                 raise ValueError(f"options has {name}: {self.options[name]!r}, {advice}")
@@ -113,6 +122,12 @@ class Translator:
             )
         self.model, self.mixture, self.decoding = model, mixture, decoding
         self._project = Projection(model)
+        self._likely = None if decoding.shortlist is None else open_shortlist(model, decoding.shortlist)
+        if self._likely is not None and (self._options() is None or model.projection_weights() is None):
+            raise ValueError(
+                f"shortlist is {decoding.shortlist}, but only generate can decode {model.name} with these options; "
+                "expected none"
+            )
 
     def translate(self, sources: Sequence[str]) -> Translations:
         """Translate texts, batched by length.
@@ -197,7 +212,18 @@ class Translator:
     def _predictor(self, options: SearchOptions, spans: Spans) -> Predictor:
         decoder = self.model.stepwise(options.beams)
         mixture = PlainModel() if self.mixture.changes_nothing else self.mixture
-        return Predictor(decoder, self._project, mixture, options, spans)
+        return Predictor(decoder, self._project, mixture, options, spans, self._candidates(options))
+
+    def _candidates(self, options: SearchOptions) -> Candidates | None:
+        weights = self.model.projection_weights()
+        if self._likely is None or weights is None:
+            return None
+        needed = (
+            options.eos_ids
+            if self.model.forced_id is None
+            else F.pad(options.eos_ids, (0, 1), value=self.model.forced_id)
+        )
+        return Candidates(self._likely, needed, *weights)
 
     def _enter(self, options: SearchOptions) -> bool:
         """Whether sentences may enter a search as others leave it."""

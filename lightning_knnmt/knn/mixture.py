@@ -1,5 +1,6 @@
 """Gate, retriever and combiner in one: what decoding, tuning, explaining and training combiners call."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from lightning_knnmt.backbone.batch import Batch
     from lightning_knnmt.backbone.keyed_model import KeyedModel
     from lightning_knnmt.timing import Spans
+
+Widen = Callable[[Step, Neighbors], tuple[Step, Neighbors]]
 
 
 class Mixture:
@@ -92,10 +95,19 @@ class Mixture:
         """
         return self.mixed(step, spans).logits
 
-    def mixed(self, step: Step, spans: "Spans | None" = None) -> Step:
-        """The same rows with the logits of the mixture and their normaliser; arguments as above."""
+    def mixed(self, step: Step, spans: "Spans | None" = None, widen: Widen | None = None) -> Step:
+        """The same rows with the logits of the mixture and their normaliser.
+
+        Args:
+            step: R rows.
+            spans: Receives the time of `gate`, `search` and `mix`, counted in rows.
+            widen: Called between search and mixing where the logits stand for a part of the vocabulary: takes the step
+                and its neighbors, and gives both with a logit for every retrieved token, and columns for token ids.
+        """
         neighbors = self.neighbors(step, spans)
         with _span(spans, "mix", len(step)):
+            if widen is not None:
+                step, neighbors = widen(step, neighbors)
             return self.combiner.mix(step, neighbors)
 
 
@@ -112,7 +124,7 @@ class PlainModel:
         """The model's logits, shape (R, V)."""
         return step.logits
 
-    def mixed(self, step: Step, spans: "Spans | None" = None) -> Step:
+    def mixed(self, step: Step, spans: "Spans | None" = None, widen: Widen | None = None) -> Step:
         """The step as it is."""
         return step
 
