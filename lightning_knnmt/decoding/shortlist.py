@@ -1,6 +1,7 @@
 """Tables of likely target tokens for vocabulary selection: the model's own, or learned from a translation memory."""
 
 import io
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -124,6 +125,6 @@ def load_shortlist(path: Path) -> Shortlist:
             whole = whole and offsets[0] == 0 and offsets[-1] == len(targets) and bool((np.diff(offsets) >= 0).all())
             if not (whole and int(frequent) >= 0 and (targets >= 0).all()):
                 raise ValueError("its offsets or tokens do not fit")
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"shortlist is {path}, which is damaged or no shortlist: {error}") from error
     return Shortlist(int(frequent), offsets.astype(np.int64), targets.astype(np.int64))
