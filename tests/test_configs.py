@@ -10,13 +10,23 @@ from script_parsers import ROOT, SCRIPTS, parse
 SHARED = {
     ROOT / "configs" / "training.yaml": ROOT / "configs" / "dispersion" / "libreoffice_help.yaml"
 }  # [defaults of a script -> a config of it]
+DOMAINS = ROOT / "configs" / "multidomain"
+SHARED |= {
+    DOMAINS / "build.yaml": DOMAINS / "it" / "build.yaml",
+    DOMAINS / "evaluate.yaml": DOMAINS / "it" / "vanilla.yaml",
+}
+SHARED |= {DOMAINS / "train.yaml": DOMAINS / "it" / "adaptive_train.yaml"}
+BASES = {
+    path: DOMAINS / {"build": "build.yaml", "adaptive_train": "train.yaml"}.get(path.stem, "evaluate.yaml")
+    for path in DOMAINS.glob("*/*.yaml")
+}  # [config -> what it shares with others and comes before it]
 SWEEPS = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))  # of W&B, which calls a script
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if path not in SWEEPS]
 
 
 def _with_its_base(config: Path) -> list[str]:
     """The options that name a configuration; what is shared by others does not stand alone."""
-    files = [config, SHARED[config]] if config in SHARED else [config]
+    files = [config, SHARED[config]] if config in SHARED else [BASES[config], config] if config in BASES else [config]
     return [word for file in files for word in ("--config", str(file))]
 
 
