@@ -3,13 +3,14 @@
 For each datastore: k-means on a uniform sample, on the first and last entries (sentences are in the order of their
 lengths, so these are the longest and the shortest), and on another datastore's keys; and what can be had without
 training a model: keys of unit norm, whitened keys, long lists split. Imbalance factor, codes that a query scans, and
-(`--timed`) microseconds of a query in lists of PQ64 codes.
+(`--timed`) microseconds of a query in lists of PQ64 codes. Inner products and cosines stand last.
 """
 
 import argparse
 import statistics
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lightning_knnmt.dispersion.functional.directions import directions
 from lightning_knnmt.evaluation.report import table
 from lightning_knnmt.index.balance import homogeneity, imbalance_factor
 from lightning_knnmt.index.factory import make_index
-from lightning_knnmt.index.splitting import split_centroids
+from lightning_knnmt.index.splitting import metric_centroids, split_centroids
 
 Keys = NDArray[np.float32]
 
@@ -42,7 +43,7 @@ def whitened(keys: Keys) -> Keys:
 
 
 def indexes(keys: Keys, foreign: Keys | None, nlist: int, per_list: int, seed: int) -> Iterator[tuple[str, Keys, Keys]]:
-    """Ways of training a coarse quantizer: name, keys as the index holds them, centroids."""
+    """Ways of training a coarse quantizer by squared distances: name, keys as the index holds them, centroids."""
     rows = np.random.default_rng(seed).permutation(len(keys))[: per_list * nlist]
     yield "uniform sample", keys, split_centroids(keys[rows], nlist, 0.0)
     if len(rows) < len(keys):
@@ -58,9 +59,20 @@ def indexes(keys: Keys, foreign: Keys | None, nlist: int, per_list: int, seed: i
         yield name, changed, split_centroids(changed[rows], nlist, 0.0)
 
 
-def measure(keys: Keys, tokens: NDArray[np.int32], centroids: Keys, nprobe: int) -> dict[str, float]:
+def by_products(keys: Keys, nlist: int, per_list: int, seed: int) -> Iterator[tuple[str, Keys, Keys]]:
+    """The same by inner products and cosines, from a uniform sample, with centroids of unit norm and of any."""
+    rows = np.random.default_rng(seed).permutation(len(keys))[: per_list * nlist]
+    yield "inner product, any centroids", keys, metric_centroids(keys[rows], nlist, "ip", False)
+    yield "inner product, unit centroids", keys, metric_centroids(keys[rows], nlist, "ip", True)
+    unit = unit_norm(keys)
+    yield "cosine", unit, metric_centroids(unit[rows], nlist, "cos", True)
+
+
+def measure(
+    keys: Keys, tokens: NDArray[np.int32], centroids: Keys, nprobe: int, metric: int = faiss.METRIC_L2
+) -> dict[str, float]:
     """Imbalance factor, homogeneity, and the codes scanned by queries that follow the keys, as a share of N."""
-    index = faiss.IndexFlatL2(keys.shape[1])
+    index = faiss.IndexFlat(keys.shape[1], metric)
     index.add(centroids)
     lists = np.concatenate([index.search(part, 1)[1][:, 0] for part in np.array_split(keys, 1 + len(keys) // 65536)])
     sizes = np.bincount(lists, minlength=len(centroids))
@@ -119,10 +131,15 @@ def main(arguments: list[str] | None = None) -> None:
             keys, tokens = store.sample_keys(len(store)), store.values
         length = float(directions(torch.from_numpy(keys)).mean(0).norm())
         for nlist in options.nlist:
-            for name, held, centroids in indexes(keys, foreign, nlist, options.per_list, options.seed):
+            by_distance = indexes(keys, foreign, nlist, options.per_list, options.seed)
+            ways = chain(
+                ((way, faiss.METRIC_L2) for way in by_distance),
+                ((way, faiss.METRIC_INNER_PRODUCT) for way in by_products(keys, nlist, options.per_list, options.seed)),
+            )
+            for (name, held, centroids), metric in ways:
                 if options.only is not None and name not in options.only:
                     continue
-                found = measure(held, tokens, centroids, options.nprobe)
+                found = measure(held, tokens, centroids, options.nprobe, metric)
                 if options.timed is not None:
                     found["microseconds"] = microseconds(held, centroids, options.timed)
                 results.append({"store": label, "mean_resultant_length": length, "nlist": nlist, "way": name, **found})

@@ -109,7 +109,7 @@ def test_balance_of_clumped_keys_by_training_sample(tmp_path: Path) -> None:
          str(tmp_path / "out.json")]
     )  # fmt: skip
     found = {row["way"]: row for row in json.loads((tmp_path / "out.json").read_text())["results"]}
-    assert len(found) == 9 and "another datastore" not in found
+    assert len(found) == 12 and "another datastore" not in found
     assert all(row["imbalance_factor"] >= 1 and 0 < row["scanned"] <= 1 for row in found.values())
     assert all(row["microseconds"] > 0 for row in found.values())
     assert found["long lists split, 30%"]["largest_list"] < found["uniform sample"]["largest_list"]
