@@ -219,7 +219,7 @@ def test_translate_and_evaluate_need_no_datastore(domain: Domain, config: dict[s
     results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
     assert list(results["systems"]) == ["base", "knn", "knn_online"]
     assert results["systems"]["knn"]["bleu"] > results["systems"]["base"]["bleu"]
-    assert results["tuning"]["tried"] == 2 * 2 * 5 * 3  # k, pairs, τ and T scaled to the distances found
+    assert results["tuning"]["tried"] == 2 * 2 * 4 * 3  # k, pairs, τ and T scaled to the distances found
     taus = {finalist["settings"]["combiner"]["init_args"]["tau"] for finalist in results["tuning"]["finalists"]}
     assert not taus & {40.0, 100.0}
     assert results["settings"]["datastore"] is None and results["index"] is None

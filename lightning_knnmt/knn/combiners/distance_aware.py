@@ -28,7 +28,7 @@ class DistanceAwareCombiner(Combiner):
     """
 
     distance_options: ClassVar[dict[str, tuple[float, ...]]] = {
-        "tau": (1, 2, 4, 8, 16), "temperature": (0.2, 0.8, 3.2)
+        "tau": (1, 4, 16, 64), "temperature": (0.2, 0.8, 3.2)
     }  # fmt: skip
 
     def __init__(self, tau: float = 100.0, temperature: float = 100.0) -> None:
