@@ -66,11 +66,12 @@ class ProductCodes:
         """
         pieces, codewords, size = self.codebooks.shape
         queries = F.pad(queries, (0, pieces * size - queries.shape[1]))
-        products = torch.bmm(self.codebooks, queries.T.reshape(pieces, size, -1))  # [M, L, R]
+        asked = queries.view(-1, pieces, size).transpose(0, 1)  # [M, R, S]
+        products = torch.bmm(asked, self.codebooks.transpose(1, 2))  # [M, R, L]
         if codewords == 16:
-            low, high = products[0::2, None], products[1::2, :, None]  # [W, 1, 16, R], [W, 16, 1, R]
-            products = (low + high).flatten(1, 2)  # [W, 256, R]
-        return products.flatten(0, 1)
+            low, high = products[0::2, :, None], products[1::2, :, :, None]  # [W, R, 1, 16], [W, R, 16, 1]
+            products = (low + high).flatten(2)  # [W, R, 256]
+        return products.transpose(1, 2).flatten(0, 1)
 
     def to(self, device: torch.device | str) -> "ProductCodes":
         """The same with all that queries meet on a device; the codes themselves stay where they are."""
