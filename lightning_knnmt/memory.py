@@ -24,6 +24,7 @@ from lightning_knnmt.index.opening import open_index, open_parts, read_report
 from lightning_knnmt.index.report import IndexReport
 from lightning_knnmt.index.rescoring import rescore as rescored
 from lightning_knnmt.index.search_index import SearchIndex
+from lightning_knnmt.index.torch_index import TorchIndex
 from lightning_knnmt.knn.memory import consecutive
 from lightning_knnmt.knn.neighbors import Neighbors, no_neighbors
 from lightning_knnmt.knn.product_codes import ProductCodes
@@ -69,7 +70,10 @@ class DatastoreMemory:
                 f"the index of {datastore.folder} is searched by metric {index.metric}, expected {report.metric}, by "
                 "which it was built"
             )
+        if isinstance(index, TorchIndex) and len(datastore.removed):
+            index = index.without(torch.from_numpy(datastore.removed.covers(np.arange(len(datastore)))))
         self.datastore, self.index, self.report = datastore, index, report
+        self._values_there: Tensor | None = None  # on the device of an index of torch
         self._sentences: dict[str, SentenceSearch] = {}
 
     @property
@@ -106,6 +110,8 @@ class DatastoreMemory:
         check_at_least(1, k=k, nprobe=nprobe)
         if not len(self):
             return no_neighbors(len(queries), k, queries.device)
+        if isinstance(self.index, TorchIndex) and not rescore:
+            return self._searched_by_torch(self.index, queries, k)
         rows = queries.detach().float().cpu().numpy()
         if not len(rows) and not isinstance(self.index, DistributedIndex):
             return no_neighbors(0, k, queries.device)
@@ -121,6 +127,14 @@ class DatastoreMemory:
         weights = None if self._weights is None else self._weights[entries.clamp(min=0)]
         found = Neighbors(torch.from_numpy(distances), self.values_of(entries), entries, weights)
         return found.to(queries.device)
+
+    def _searched_by_torch(self, index: TorchIndex, queries: Tensor, k: int) -> Neighbors:
+        """Neighbors that never leave the index's device, but for that of the queries."""
+        distances, ids = index.search_tensors(queries, k)
+        if self._values_there is None or self._values_there.device != ids.device:
+            self._values_there = self._values.long().to(ids.device)
+        values = self._values_there[ids.clamp(min=0)].masked_fill(ids < 0, 0)
+        return Neighbors(distances, values, ids, self.weights_of(ids)).to(queries.device)
 
     @property
     def fingerprint(self) -> str:
