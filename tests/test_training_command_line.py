@@ -195,6 +195,17 @@ def test_an_untrained_model_is_smoothed_without_a_warning(
         (["--model.gamma=much"], "model.gamma"),
         (["--model.no_such_option=1"], "no_such_option"),
         (["--data.train=nowhere.jsonl"], "nowhere.jsonl does not exist; write it with prepare_data.py"),
+        (["--data.seed=-1"], "seed is -1, expected 0 or more"),
+        (["--model.schedule.max_steps=7"], "model.schedule.max_steps follows from trainer.max_steps"),
+        (["--model.trainable=adapters", "--model.adapter_rank=99999"], "adapter_rank is 99999, expected at most"),
+        (["--trainer.max_steps=0"], "trainer.max_steps is 0, expected more"),
+        (["--trainer.accumulate_grad_batches=0"], "trainer.accumulate_grad_batches is 0, expected 1 or more"),
+        (["--trainer.gradient_clip_val=-1"], "trainer.gradient_clip_val is -1, expected 0 or more"),
+        (["--trainer.limit_train_batches=-1"], "invalid value -1 for limit_train_batches"),
+        (["--trainer.devices=-1"], "trainer.devices is -1: "),
+        (["--trainer.callbacks.init_args.nlist=0"], "nlist is 0, expected 1 or more"),
+        (["--export.monitor=val/lost"], "export.monitor is 'val/lost', expected one of what is logged: "),
+        (["--ckpt_path=picture.ckpt"], "Weights only load failed"),
     ],
 )
 def test_an_error_is_one_line(
@@ -203,7 +214,9 @@ def test_an_error_is_one_line(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    arguments = ["fit", f"--config={PRETIX}", f"--model.backbone.model={marian_folder}", *data, *options]
+    Path("picture.ckpt").write_text("no checkpoint")
+    steps = ["--trainer.max_steps=500"]
+    arguments = ["fit", f"--config={PRETIX}", f"--model.backbone.model={marian_folder}", *data, *steps, *options]
     assert message in refusal(capsys, lambda: train.main([*arguments, "--trainer.accelerator=cpu"]))
 
 

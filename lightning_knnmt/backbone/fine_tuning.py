@@ -56,7 +56,11 @@ def add_adapters(model: PreTrainedModel, layers: Sequence[nn.Module], rank: int)
 
     Raises:
         ImportError: PEFT is not installed.
+        ValueError: The rank is more than the layers have.
     """
+    most = min(min(parameter.shape) for layer in layers for parameter in layer.parameters() if parameter.ndim == 2)
+    if rank > most:
+        raise ValueError(f"adapter_rank is {rank}, expected at most {most}, the rank of the smallest layer")
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:

@@ -2,23 +2,30 @@
 
 import inspect
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_knnmt import dispersion
+from lightning_knnmt.checks import check_at_least, check_number
+from lightning_knnmt.cli import USER_ERROR, reason_of
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.training.callbacks import ExportBackbone
 from lightning_knnmt.training.datamodule import TranslationDataModule
 from lightning_knnmt.training.module import TranslationModule
 
-USER_ERROR = 2
+EXPECTED = (DatastoreError, ImportError, OSError, ValueError, MisconfigurationException, UnpicklingError)
+# Options that Lightning stops at in the middle, or takes without sense, with the least that makes some.
+LEAST = {"accumulate_grad_batches": 1, "log_every_n_steps": 0, "num_sanity_val_steps": -1}
 
 
 class TrainingParser(LightningArgumentParser):
@@ -28,7 +35,8 @@ class TrainingParser(LightningArgumentParser):
         """End with status 2; an unknown dispersion loss is answered with those that there are."""
         if "model.dispersion" in message:
             message = f"{message} The dispersion losses are {', '.join(dispersion_losses())}"
-        message = " ".join(message.split())
+        message = re.sub(r"argument \S+\((\S+)\) --> (\S+): .*", r"\2 follows from \1; give \1 instead", message)
+        message = " ".join(reason_of(message).split())
         if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
             super().error(message, ex)
         sys.stderr.write(f"error: {message}\n")
@@ -77,12 +85,29 @@ class TrainingCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Lightning would put the checkpoint's options in the place of those given; the module refuses a difference."""
 
+    def before_instantiate_classes(self) -> None:
+        """Refuse options of the trainer that make no sense, before anything is loaded."""
+        options = self.config[self.subcommand].trainer
+        for name, least in LEAST.items():
+            check_at_least(least, **{f"trainer.{name}": options[name]})
+        check_number(**{"trainer.gradient_clip_val": options.gradient_clip_val})
+        for name in ("max_steps", "val_check_interval"):
+            if options[name] == 0:
+                raise ValueError(f"trainer.{name} is 0, expected more")
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """A trainer that logs to a table in the run's folder, unless a logger is given."""
+        """A trainer that logs to a table in the run's folder, unless a logger is given.
+
+        Raises:
+            ValueError: Lightning takes no such devices.
+        """
         options = self.config_init[self.subcommand].trainer
         if options.logger in (None, True):
             kwargs["logger"] = CSVLogger(_folder(options.default_root_dir))
-        trainer: Any = super().instantiate_trainer(**kwargs)
+        try:
+            trainer: Any = super().instantiate_trainer(**kwargs)
+        except TypeError as error:
+            raise ValueError(f"trainer.devices is {options.devices}: {error}") from error
         if not self.config_init[self.subcommand].save:
             written = (ExportBackbone, ModelCheckpoint)
             trainer.callbacks[:] = [callback for callback in trainer.callbacks if not isinstance(callback, written)]
@@ -143,10 +168,10 @@ def errors_in_one_line() -> Iterator[None]:
     """End with status 2 and a line at an error of the user, with a traceback only if JSONARGPARSE_DEBUG is set."""
     try:
         yield
-    except (DatastoreError, ImportError, OSError, ValueError) as error:
+    except EXPECTED as error:
         if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {' '.join(reason_of(str(error)).split())}\n")
         sys.exit(USER_ERROR)
 
 

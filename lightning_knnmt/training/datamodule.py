@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_knnmt.backbone.batch import Batch, collate
 from lightning_knnmt.backbone.pretrained import PretrainedModel
+from lightning_knnmt.checks import check_at_least
 from lightning_knnmt.data.batching import TokenBudgetSampler, token_budget_batches
 from lightning_knnmt.data.splits import read_split
 from lightning_knnmt.training.resuming import ResumableBatches
@@ -53,12 +54,17 @@ class TranslationDataModule(L.LightningDataModule):
         max_tokens: Most tokens of a training batch on either side, padding counted; of stored states, on the target's.
         validation_max_tokens: The same for validation batches.
         seed: Seed of the order of training batches.
+
+    Raises:
+        ValueError: A number is too small.
     """
 
     def __init__(
         self, train: Path, validation: Path, max_tokens: int = 4096, validation_max_tokens: int = 8192, seed: int = 1
     ) -> None:
         super().__init__()
+        check_at_least(0, seed=seed)
+        check_at_least(1, max_tokens=max_tokens, validation_max_tokens=validation_max_tokens)
         self.files = {"train": train, "validation": validation}
         self.max_tokens, self.validation_max_tokens, self.seed = max_tokens, validation_max_tokens, seed
         self.splits: dict[str, TokenizedPairs | StoredStates] = {}
