@@ -11,7 +11,7 @@ from lightning_knnmt.cli import run_script
 from lightning_knnmt.data.cleaning import Cleaning
 from lightning_knnmt.data.readers import ReadReport
 from lightning_knnmt.data.recipes import Corpus
-from lightning_knnmt.data.splits import SplitConfig, split, texts_of, write_splits
+from lightning_knnmt.data.splits import SplitConfig, refuse_other_splits, split, texts_of, write_splits
 from lightning_knnmt.data.windows import Windows
 
 log = logging.getLogger("lightning_knnmt.prepare_data")
@@ -40,6 +40,12 @@ def prepare(
         overwrite: Replace splits in `out` that differ; otherwise they are an error.
     """
     check_folder(out=out, cache=cache)
+    facts: dict[str, Any] = {
+        "corpus": {"class": type(corpus).__name__, **{key: str(value) for key, value in vars(corpus).items()}},
+        "config": asdict(splits),
+    }
+    cutting = {} if windows is None else {"windows": asdict(windows)}
+    refuse_other_splits(out, facts | cutting, overwrite)
     excluded = frozenset(texts_of(exclude or []))
     report = ReadReport()
     unclean: Counter[str] = Counter()
@@ -49,19 +55,9 @@ def prepare(
     log.info("cleaning dropped %s", _listed(unclean))
     parts, lost = split(pairs, splits, excluded)
     log.info("splitting dropped %s", _listed(lost))
-    facts: dict[str, Any] = {
-        "corpus": {"class": type(corpus).__name__, **{key: str(value) for key, value in vars(corpus).items()}},
-        "config": asdict(splits),
-        "read": report.read,
-        "dropped": dict(report.skipped + unclean + lost),
-    }
-    if windows is not None:
-        facts["windows"] = asdict(windows)
-        written = write_splits(
-            out, {name: list(windows(documents)) for name, documents in parts.items()}, facts, overwrite
-        )
-    else:
-        written = write_splits(out, parts, facts, overwrite)
+    facts |= {"read": report.read, "dropped": dict(report.skipped + unclean + lost)} | cutting
+    cut = parts if windows is None else {name: list(windows(documents)) for name, documents in parts.items()}
+    written = write_splits(out, cut, facts, overwrite)
     for name in parts:
         log.info("%s: %s", out / f"{name}.jsonl", written[name])
 

@@ -77,14 +77,19 @@ def test_a_file_where_a_folder_is_expected_is_refused_before_anything_is_done(
 
 
 def test_prepared_splits_are_kept_or_refused_or_replaced(
-    domain: Domain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    domain: Domain, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = ("--config", domain.root / "prepare.yaml", "--out", tmp_path / "out")
     run(prepare_data.prepare, *args)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     run(prepare_data.prepare, *args)
+    with monkeypatch.context() as reading:
+        reading.setattr(prepare_data, "ReadReport", lambda: pytest.fail("the corpus is read"))
+        expected = "which holds splits of another config; name another folder, or give --overwrite true"
+        expect_error(capsys, prepare_data.prepare, *args, "--splits.seed", "2", expected=expected)
+    cleaned = ("--cleaning.max_words", "7")
     expected = "which is there already; name another, or give --overwrite true"
-    expect_error(capsys, prepare_data.prepare, *args, "--splits.seed", "2", expected=expected)
+    expect_error(capsys, prepare_data.prepare, *args, *cleaned, expected=expected)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     run(prepare_data.prepare, *args, "--splits.seed", "2", "--overwrite", "true")
     assert (tmp_path / "out" / "test.jsonl").read_bytes() != before["test.jsonl"]

@@ -171,6 +171,33 @@ def write_splits(
     return description
 
 
+def refuse_other_splits(folder: Path, facts: Mapping[str, Any], overwrite: bool) -> None:
+    """Refuse to make splits where there are some of another corpus or configuration, before any of them is made.
+
+    Args:
+        folder: Where they go.
+        facts: What `splits.json` would hold, as far as it is known.
+        overwrite: Replace what is there.
+
+    Raises:
+        ValueError: There are other splits, or a `splits.json` that cannot be read.
+    """
+    file = folder / "splits.json"
+    if overwrite or not file.exists():
+        return
+    try:
+        there = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged ({error}); name another folder, or give --overwrite true") from error
+    wanted = json.loads(json.dumps(facts))
+    different = [name for name in wanted if not isinstance(there, dict) or there.get(name) != wanted[name]]
+    if different:
+        raise ValueError(
+            f"out is {folder}, which holds splits of another {' and '.join(different)}; name another folder, or give "
+            "--overwrite true"
+        )
+
+
 def _write_beside(file: Path, content: bytes, beside: dict[Path, Path]) -> None:
     beside[file] = file.with_name(file.name + ".partial")
     beside[file].unlink(missing_ok=True)  # a link goes, and not what it names
