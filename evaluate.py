@@ -85,6 +85,7 @@ def evaluate(
     mmap: bool = False,
     translation_memory: CorpusFile | None = None,
     online: bool = False,
+    checksums: bool | None = None,
     processes: Processes = Processes(),
 ) -> None:
     """Translate a test split with the plain model and with kNN, and report quality and speed of both.
@@ -113,6 +114,7 @@ def evaluate(
         translation_memory: Pairs as they stand, for a retriever that needs no stored keys; in place of a datastore.
         online: Compare with a third system, knn_online, which learns the reference of every sentence after translating
             it, one sentence at a time; with a translation memory only.
+        checksums: Compare the datastore's bytes with their checksums first; null: those of files up to 256 MB in all.
         processes: Processes that share the sentences and search together, each with its part of an index that was
             built with `layout: shards`.
     """
@@ -141,7 +143,9 @@ def evaluate(
             if folder is None:
                 memory = PairMemory(models[name], stored_pairs or [])
             else:
-                memory = stack.enter_context(open_memory(folder, index_name, mmap, index_device, ranks))
+                memory = stack.enter_context(
+                    open_memory(folder, index_name, mmap, index_device, ranks, checksums=checksums)
+                )
             memory.check(models[name])
             systems[name] = System(models[name].to(models["knn"].device), memory, index_name, chosen)
         stored = count_stored(systems["knn"].memory, {"test": pairs, "validation": validation})

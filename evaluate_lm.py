@@ -47,6 +47,7 @@ def evaluate_lm(
     max_tokens: int = 1024,
     index_device: Device = "cpu",
     mmap: bool = False,
+    checksums: bool | None = None,
 ) -> None:
     """Predict held-out documents with a language model, alone and with the neighbors of a datastore.
 
@@ -65,11 +66,12 @@ def evaluate_lm(
         max_tokens: Most tokens of a teacher-forced batch.
         index_device: Where the index is searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there if FAISS can.
         mmap: Leave the index's entries on the disk, for an index that is larger than memory.
+        checksums: Compare the datastore's bytes with their checksums first; null: those of files up to 256 MB in all.
     """
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
     splits = {"test": test} if tuning is None else {"test": test, "validation": tuning.validation}
     pairs = {name: list(read_pairs(corpus)) for name, corpus in splits.items()}
-    with open_memory(datastore, index, mmap, index_device) as memory:
+    with open_memory(datastore, index, mmap, index_device, checksums=checksums) as memory:
         metric = memory.metric
         stored = (pair for shard in memory.datastore.shards for pair in shard.pairs())
         check_documents_apart({"the datastore": stored, **pairs})

@@ -46,6 +46,7 @@ def translate(
     mmap: bool = False,
     translation_memory: CorpusFile | None = None,
     metric: Metric | None = None,
+    checksums: bool | None = None,
     processes: Processes = Processes(),
 ) -> None:
     """Translate UTF-8 text, one sentence a line, with the neighbors of a datastore or with the plain model.
@@ -70,6 +71,7 @@ def translate(
         mmap: Leave the index's entries on the disk, for an index that is larger than memory.
         translation_memory: Pairs as they stand, for a retriever that needs no stored keys; in place of a datastore.
         metric: That of the index, by which temperature and λ were chosen; an index of another is refused. None: any.
+        checksums: Compare the datastore's bytes with their checksums first; null: those of files up to 256 MB in all.
         processes: Processes that share the sentences and search together, each with its part of an index that was
             built with `layout: shards`; the first reads and writes.
     """

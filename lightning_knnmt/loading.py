@@ -35,6 +35,7 @@ def open_translator(
     mmap: bool = False,
     translation_memory: CorpusFile | None = None,
     metric: Metric | None = None,
+    checksums: bool | None = None,
     start: Callable[[KeyedModel], Ranks] | None = None,
 ) -> SharedTranslator:
     """Load a model, open its datastore, and put them together; the datastore stays open as long as the translator is.
@@ -52,6 +53,7 @@ def open_translator(
         mmap: Leave the index's entries on the disk.
         translation_memory: Pairs as they stand, for a retriever that needs no stored keys; in place of a datastore.
         metric: That of the index, by which the settings were chosen; another is refused. None: any.
+        checksums: Compare every byte of the datastore with its checksum first, as in `Datastore`.
         start: Starts the processes that share the sentences and the index; None: this one alone.
     """
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
@@ -60,11 +62,11 @@ def open_translator(
     memory: DatastoreMemory | None = None
     if datastore is not None and start is None:
         # what is wrong with it is said before a model loads
-        memory = open_memory(datastore, index, mmap, index_device, metric=metric)
+        memory = open_memory(datastore, index, mmap, index_device, metric=metric, checksums=checksums)
     model = backbone.load()
     ranks = Ranks() if start is None else start(model)
     if datastore is not None and memory is None:
-        memory = open_memory(datastore, index, mmap, index_device, ranks, metric)
+        memory = open_memory(datastore, index, mmap, index_device, ranks, metric, checksums)
     searched = memory if pairs is None else PairMemory(model, pairs)
     mixture = PlainModel() if searched is None else chosen.open(model, searched)
     return SharedTranslator(model, mixture, decoding, ranks, memory)

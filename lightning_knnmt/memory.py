@@ -248,6 +248,7 @@ def open_memory(
     device: Device = "cpu",
     ranks: "Ranks | None" = None,
     metric: Metric | None = None,
+    checksums: bool | None = None,
 ) -> DatastoreMemory:
     """Open a datastore and one of its indexes; what is open stays what it was, though others change it.
 
@@ -259,6 +260,7 @@ def open_memory(
         ranks: This process's place among several, each of which holds a share of an index built with `layout: shards`;
             all of them search together. None: this process holds the whole index.
         metric: By what it is to be searched; None: as the index was built.
+        checksums: Compare every byte with its checksum first, as in `Datastore`.
 
     Raises:
         DatastoreError: The datastore or the index is missing or damaged, they do not belong together, or the index was
@@ -268,7 +270,7 @@ def open_memory(
     folder = Path(folder)
 
     def attempt() -> DatastoreMemory:
-        store = Datastore(folder)
+        store = Datastore(folder, checksums=checksums)
         try:
             report = read_report(store, index)
             if metric not in (None, report.metric):

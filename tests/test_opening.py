@@ -13,7 +13,9 @@ import pytest
 import torch
 from tiny_stores import clumpy_keys, write_store
 
+import translate
 from lightning_knnmt.building.index import build_index
+from lightning_knnmt.cli import run_script
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.manifest import Manifest, ShardInfo
 from lightning_knnmt.index.config import IndexConfig
@@ -56,8 +58,21 @@ def test_checksums_can_be_left_out_and_are_where_a_store_is_large(folder: Path, 
     Datastore(folder, checksums=False).close()
     monkeypatch.setattr("lightning_knnmt.datastore.store.SMALL", 10)
     Datastore(folder).close()
+    open_memory(folder).close()
     with pytest.raises(DatastoreError, match="its checksum is another"):
-        Datastore(folder, checksums=True)
+        open_memory(folder, checksums=True)
+
+
+def test_a_script_compares_the_checksums_of_a_large_store_where_asked(
+    folder: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    flip(folder / "shard-00000.h5", 8 * (folder / "shard-00000.h5").stat().st_size - 1)
+    monkeypatch.setattr("lightning_knnmt.datastore.store.SMALL", 10)
+    options = ["--backbone.model", str(folder / "no model"), "--datastore", str(folder), "--input", os.devnull]
+    for checksums, message in {"true": "shard-00000.h5 is damaged", "false": "no model"}.items():
+        with pytest.raises(SystemExit):
+            run_script(translate.translate, [*options, "--checksums", checksums])
+        assert message in capsys.readouterr().err
 
 
 def change_shard(folder: Path, change: Callable[[h5py.File], object]) -> None:
