@@ -5,7 +5,9 @@ same build runs again. The store must be identical to one that was never interru
 byte, the description of the index but for the time that building took. Whole shards must not be written again.
 
 Builds of two processes are killed, too: one of them, upon which the other must end by itself, or both. One process or
-two, by chance, build the rest.
+two, by chance, build the rest. So are the commands build, append, remove and compact of build_index.py, at any time.
+
+Without --quick there are 1,000 kills, which take about half an hour.
 """
 
 import argparse
@@ -53,7 +55,7 @@ SIZE = 2
 GRACE = 120  # seconds in which a process must have noticed that another is gone
 PAUSE = 0.004  # seconds that each step of a build is drawn out, so that a kill can fall into it
 INDEX = IndexConfig("IVF4,PQ4x4fs,Refine(SQfp16)", chunk=60, part_entries=200)
-NOT_COMPARED = ("writer.lock",)  # who wrote last
+NOT_COMPARED = ("writer.lock", "build.json")  # who wrote last, and how long it took
 
 
 @dataclass(frozen=True)
@@ -296,7 +298,7 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.iterdir()):
         content = path.read_bytes()
-        if path.name == f"{INDEX.name}.json":
+        if path.name.startswith(INDEX.name) and path.suffix == ".json":
             content = re.sub(rb'"seconds": \{[^}]*\}|"sha256": "\w*"', b"", content)
         if path.name not in NOT_COMPARED:
             found[path.name] = sha256(content).hexdigest()
@@ -315,26 +317,38 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def make_work(root: Path, pairs: int) -> Work:
-    """A tiny model and a corpus of random words of different lengths."""
-    rng = random.Random(0)
+def make_corpus(path: Path, pairs: int, seed: int = 0) -> Path:
+    """Random words of different lengths, in documents of ten pairs."""
+    rng = random.Random(seed)
     words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyzäöü", k=rng.randint(2, 8))) for _ in range(200)]
-    rows = [{side: " ".join(rng.choices(words, k=rng.randint(1, 9))) for side in ("src", "tgt")} for _ in range(pairs)]
-    corpus = root / "corpus.jsonl"
-    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(pairs):
+            row = {side: " ".join(rng.choices(words, k=rng.randint(1, 9))) for side in ("src", "tgt")}
+            file.write(json.dumps(row | {"document": f"document {number // 10}"}) + "\n")
+    return path
+
+
+def make_work(root: Path, pairs: int) -> Work:
+    """A tiny model and a corpus."""
+    corpus = make_corpus(root / "corpus.jsonl", pairs)
     shape = ModelShape(vocabulary=300, d_model=16, encoder_layers=1, decoder_layers=1, heads=2, ffn=32, positions=64)
-    init_model((row[side] for row in rows for side in row), root / "model", shape)
+    with corpus.open(encoding="utf-8") as lines:
+        init_model((json.loads(line)[side] for line in lines for side in ("src", "tgt")), root / "model", shape)
     return Work(root / "model", corpus)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Kill as often as asked, in all stages in turn, and builds of two processes likewise."""
+    """Kill as often as asked, in all stages in turn; builds of two processes and commands likewise."""
+    from crash_commands import COMMANDS, Commands
+
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         crashes = Crashes(make_work(root, options.pairs), root, options.seed)
         start = time.perf_counter()
         stages = [*islice(cycle(STAGES), options.kills), *islice(cycle(TOGETHER), options.together)]
-        outcomes = [crashes.kill(stage) for stage in stages]
+        outcomes = [crashes.kill(stage) for stage in tqdm(stages, unit=" kills")]
+        commands = Commands(crashes.work, root, options.seed)
+        outcomes += [commands.kill(name) for name in tqdm([*islice(cycle(COMMANDS), options.commands)], unit=" kills")]
         steps = dict(crashes.steps)
         if options.together:
             steps |= {stage: crashes.steps_together[ranks[0]] for stage, ranks in TOGETHER.items()}
@@ -357,20 +371,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer kills")
     parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--kills", type=int, help="60, or 12 with --quick")
-    parser.add_argument("--together", type=int, help="kills of builds of two processes: 10, or 3 with --quick")
+    parser.add_argument("--kills", type=int, help="750, or 12 with --quick")
+    parser.add_argument("--together", type=int, help="kills of builds of two processes: 100, or 3 with --quick")
+    parser.add_argument("--commands", type=int, help="kills of commands of build_index.py: 150, or none with --quick")
     parser.add_argument("--pairs", type=int, default=160, help="sentence pairs of the corpus")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     if options.kills is None:
-        options.kills = 12 if options.quick else 60
+        options.kills = 12 if options.quick else 750
     if options.together is None:
-        options.together = 3 if options.quick else 10
+        options.together = 3 if options.quick else 100
+    if options.commands is None:
+        options.commands = 0 if options.quick else 150
     common.set_threads(1)
     result = measure(options)
     print("| stage | kills | steps of a whole build |\n|---|---|---|")
     for stage, kills in result["kills"].items():
-        print(f"| {stage} | {kills} | {result['steps_of_a_whole_build'][stage]} |")
+        print(f"| {stage} | {kills} | {result['steps_of_a_whole_build'].get(stage, 'at any time')} |")
     for problem in result["problems"]:
         print(problem)
     print(f"\nratio {result['ratio']}: share of the kills after which the same command made the identical store")
