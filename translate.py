@@ -98,7 +98,7 @@ def translate(
         start = (lambda model: stack.enter_context(processes.start(model))) if several else None
         translator = open_translator(
             backbone, datastore, index, knn, retriever, combiner, gate, decoding, index_device, mmap,
-            translation_memory, metric, start,
+            translation_memory, metric, checksums, start,
         )  # fmt: skip
         source: BinaryIO = sys.stdin.buffer if input == "-" else stack.enter_context(open_bytes(Path(input), True))
         out: Any = sys.stdout.buffer

@@ -3,10 +3,8 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
@@ -17,7 +15,7 @@ from lightning_knnmt.building.encoder import Tokenized, cut
 from lightning_knnmt.building.index import IndexBuild
 from lightning_knnmt.building.sentences import carry_sentences
 from lightning_knnmt.data.pairs import Pair
-from lightning_knnmt.data.readers import CorpusFile, ReadReport, read_pairs
+from lightning_knnmt.data.readers import ReadReport, read_pairs
 from lightning_knnmt.datastore import Datastore, Manifest
 from lightning_knnmt.datastore.manifest import AppendedCorpus, finish_building
 from lightning_knnmt.index.report import IndexReport
@@ -33,7 +31,8 @@ MUCH_LESS_EVEN = 1.25  # growth of the imbalance factor from which on training a
 def append_pairs(model: KeyedModel, config: DatastoreConfig) -> Change:
     """Encode the pairs of a corpus that a datastore lacks, and add their keys to all of its indexes.
 
-    Indexes keep their lists and codes as they were trained.
+    Indexes keep their lists and codes as they were trained. The corpus is read once, and the new pairs are held in
+    memory.
 
     A pair is stored if its source, target and document are. A run that is stopped has changed nothing, and the same
     call continues after its last whole shard.
@@ -50,15 +49,16 @@ def append_pairs(model: KeyedModel, config: DatastoreConfig) -> Change:
         store.check(model)
         reports = whole_indexes(store)
         report = ReadReport()
-        given = [_digest(pair) for pair in model.split_pairs(read_pairs(config.corpus, report))]
-        new = set(given)
+        given, new = 0, dict[bytes, tuple[int, Pair]]()  # [digest -> place in the corpus, pair]
+        for given, pair in enumerate(model.split_pairs(read_pairs(config.corpus, report)), 1):
+            new.setdefault(_digest(pair), (given - 1, pair))
         log.info("%s: %s", config.corpus.path, report)
         for shard in store.shards:
             for pair in shard.pairs():
-                new.discard(_digest(pair))
-        change = Change(store.manifest, len(new), len(given) - len(new), reports)
+                new.pop(_digest(pair), None)
+        change = Change(store.manifest, len(new), given - len(new), reports)
         if new:
-            change = _encode(model, config, store, new, change)
+            change = _encode(model, config, store, list(new.values()), change)
             with Datastore(config.folder, BUILDING) as grown:
                 reports = {name: _extend(store, grown, name, report) for name, report in reports.items()}
                 carry_sentences(store, grown, model)
@@ -68,7 +68,9 @@ def append_pairs(model: KeyedModel, config: DatastoreConfig) -> Change:
     return replace(change, indexes=reports)
 
 
-def _encode(model: KeyedModel, config: DatastoreConfig, store: Datastore, new: set[bytes], change: Change) -> Change:
+def _encode(
+    model: KeyedModel, config: DatastoreConfig, store: Datastore, new: list[tuple[int, Pair]], change: Change
+) -> Change:
     """Write new pairs into further shards, and name these in `building.json`."""
     before = store.manifest
     first = 1 + max((int(shard.file["numbers"][:].max(initial=-1)) for shard in store.shards), default=-1)
@@ -77,7 +79,7 @@ def _encode(model: KeyedModel, config: DatastoreConfig, store: Datastore, new: s
     begun = _begun(store.folder, planned)
     begun.save(store.folder, BUILDING)
     keep_only(store.folder, before, begun)
-    tokenized = Tokenized(model, islice(_numbered(model, config.corpus, new, first), begun.pairs - before.pairs, None))
+    tokenized = Tokenized(model, ((first + place, pair) for place, pair in new[begun.pairs - before.pairs :]))
     shards = cut(tokenized, lambda item: len(item.tgt), config.shard_entries)
     manifest = encode_rest(model, config, begun, before.pairs + change.pairs, shards)
     return replace(change, manifest=manifest, cut=tokenized.cut)
@@ -114,14 +116,6 @@ def _begun(folder: Path, planned: Manifest) -> Manifest:
                     break
                 planned = planned.with_shard(shard)
     return planned
-
-
-def _numbered(model: KeyedModel, corpus: CorpusFile, new: set[bytes], first: int) -> Iterator[tuple[int, Pair]]:
-    """The new pairs with their numbers, each once."""
-    for number, pair in enumerate(model.split_pairs(read_pairs(corpus)), first):
-        if (digest := _digest(pair)) in new:
-            new.remove(digest)
-            yield number, pair
 
 
 def _digest(pair: Pair) -> bytes:
