@@ -33,10 +33,9 @@ class TrainingParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with status 2; an unknown dispersion loss is answered with those that there are."""
-        if "model.dispersion" in message:
-            message = f"{message} The dispersion losses are {', '.join(dispersion_losses())}"
+        losses = f" The dispersion losses are {', '.join(dispersion_losses())}" if "model.dispersion" in message else ""
         message = re.sub(r"argument \S+\((\S+)\) --> (\S+): .*", r"\2 follows from \1; give \1 instead", message)
-        message = " ".join(reason_of(message).split())
+        message = " ".join(reason_of(message).split()) + losses
         if not self.exit_on_error or os.environ.get("JSONARGPARSE_DEBUG"):
             super().error(message, ex)
         sys.stderr.write(f"error: {message}\n")
