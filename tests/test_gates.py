@@ -11,7 +11,10 @@ from tiny_stores import build_store, corpus_pairs
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.index import build_index
+from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.evaluation.comparison import run_systems
+from lightning_knnmt.evaluation.report import system_json
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.opening import open_index
 from lightning_knnmt.knn.combiners.fixed import FixedCombiner
@@ -71,3 +74,12 @@ def test_rows_are_searched_where_the_model_is_less_sure_than_the_threshold(
 def test_a_threshold_outside_of_0_to_1_is_refused(threshold: float) -> None:
     with pytest.raises(ValueError, match=rf"threshold is {threshold}, expected 0 to 1"):
         ConfidenceGate(threshold)
+
+
+def test_rows_that_search_are_counted_among_all_rows(marian: KeyedModel, memory: DatastoreMemory) -> None:
+    for gate, least, most in ((None, 1.0, 1.0), (ConfidenceGate(0.4), 0.01, 0.99), (ConfidenceGate(0.0), 0.0, 0.0)):
+        found = run_systems({"knn": translator(marian, memory, gate)}, [Pair(text, "") for text in GERMAN], repeats=1)
+        assert least <= found["knn"].speed.searches <= most
+        assert system_json(found["knn"])["searches_per_token"] == pytest.approx(found["knn"].speed.searches, abs=1e-4)
+    plain = run_systems({"base": Translator(marian, decoding=Decoding(3, 3, 10))}, [Pair(GERMAN[0], "")], repeats=1)
+    assert plain["base"].speed.searches == 0

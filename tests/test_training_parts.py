@@ -34,7 +34,7 @@ from lightning_knnmt.training.steps import searched_steps, stored_pairs
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI.s args parameter", "ignore:Found .* in eval mode")
 COMBINERS = "lightning_knnmt.knn.combiners"
 HELD_OUT = corpus_pairs(12, seed=5)
-CONFIGS = [path for kind in ("combiners", "gates") for path in sorted((ROOT / "configs" / kind).glob("*.yaml"))]
+CONFIGS = [*sorted((ROOT / "configs" / "combiners").glob("*.yaml")), ROOT / "configs" / "gates" / "learned.yaml"]
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,14 @@ from lightning_knnmt.evaluation.tuning import (
 )
 from lightning_knnmt.index.config import IndexConfig
 from lightning_knnmt.index.opening import open_index
+from lightning_knnmt.knn.gates import ConfidenceGate, LearnedGate
 from lightning_knnmt.knn.neighbors import Neighbors
 from lightning_knnmt.knn.reference import ReferenceStep, reference_steps
 from lightning_knnmt.knn.retrievers.whole_store import WholeStore
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.knn.step import Step
 from lightning_knnmt.memory import DatastoreMemory
+from lightning_knnmt.timing import Spans
 
 VALIDATION = [Pair(f"7{pair.src}", pair.tgt) for pair in corpus_pairs(9, seed=3)]
 GRID = Grid(k=[1, 3, 8], lambda_=[0.25, 0.8], temperature=[0.5, 20.0], nprobe=[1, 2, 4], finalists=2)
@@ -287,6 +289,7 @@ def test_an_empty_validation_split_is_refused(memory: DatastoreMemory, marian: K
         ({"lambda_": [0.5, 1.0]}, r"lambda_ is \[0.5, 1.0\], expected values between 0 and 1"),
         ({"temperature": [0.0]}, r"temperature is \[0.0\], expected more than 0"),
         ({"nprobe_tolerance": -1.0}, "nprobe_tolerance is -1.0, expected 0 or more"),
+        ({"max_loss": -0.1}, "max_loss is -0.1, expected 0 or more"),
         ({"finalists": 0}, "finalists is 0, expected 1 or more"),
         ({"max_tokens": 0}, "max_tokens is 0, expected 1 or more"),
     ],
@@ -310,3 +313,49 @@ def test_the_plain_models_bleu_is_reported_beside_the_finalists(memory: Datastor
     tuning = tune(marian, memory, MIXTURE, VALIDATION, GRID, DECODING)
     texts = Translator(marian, decoding=DECODING).translate([pair.src for pair in VALIDATION]).texts
     assert tuning.plain_bleu == corpus_scores(texts, [pair.tgt for pair in VALIDATION]).bleu.value
+
+
+@pytest.mark.parametrize("gate", [ConfidenceGate(), LearnedGate()])
+def test_each_gate_has_the_likelihood_and_the_searches_of_its_mixture(
+    gate: ConfidenceGate | LearnedGate, memory: DatastoreMemory, marian: KeyedModel, tmp_path: Path
+) -> None:
+    if isinstance(gate, LearnedGate):
+        gate.bind(marian, memory)
+        for parameter in gate.parameters():
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(3))
+        gate.save(tmp_path, marian, memory)
+        gate = LearnedGate(folder=tmp_path)
+    thresholds = [0.0, 0.2, 0.4, 1.0] if isinstance(gate, ConfidenceGate) else [-9.0, -3.0, 0.0, 3.0, 9.0]
+    grid = replace(GRID, k=[3], lambda_=[0.8], temperature=[20.0], nprobe=[4], others={"threshold": thresholds})
+    candidates, plain, tokens = likelihoods(marian, memory, MixtureConfig.of(gate=gate), VALIDATION, grid)
+    assert len(candidates) == len(thresholds) and len({candidate.searches for candidate in candidates}) > 2
+    for candidate in candidates:
+        mixture, spans, total = candidate.mixture.open(marian, memory), Spans(), 0.0
+        for reference in reference_steps(marian, VALIDATION, 100):
+            log_probs = mixture(reference.step, spans).double().log_softmax(1)
+            total += float(log_probs.gather(1, reference.tokens[:, None]).sum())
+        assert candidate.log_likelihood == pytest.approx(total / tokens, abs=1e-4)
+        assert candidate.searches == pytest.approx(spans.counts["search"] / tokens)
+        assert candidate.searches > 0 or candidate.log_likelihood == pytest.approx(plain)
+
+
+def test_for_a_stated_loss_the_gate_that_searches_least_is_taken(memory: DatastoreMemory, marian: KeyedModel) -> None:
+    mixture = MixtureConfig.of(gate=ConfidenceGate())
+    base = replace(GRID, k=[3], lambda_=[0.25, 0.8], temperature=[20.0], nprobe=[4])
+    assert "threshold" not in base.values_for(mixture, 4)
+    searches = []
+    for max_loss in (0.0, 0.05, 10.0):
+        grid = replace(base, max_loss=max_loss)
+        assert grid.values_for(mixture, 4)["threshold"] == list(ConfidenceGate.usual_options["threshold"])
+        tried = [0.05, 0.1, 0.2, 0.3, 0.4, 1.0]  # which this model's probabilities lie between
+        grid = replace(grid, others={"threshold": tried})
+        tuned = tune(marian, memory, mixture, VALIDATION, grid, DECODING)
+        candidates, *_ = likelihoods(marian, memory, mixture, VALIDATION, grid)
+        assert len(candidates) == tuned.tried == 2 * len(tried)
+        least = max(candidate.log_likelihood for candidate in candidates) - max_loss
+        enough = [candidate for candidate in candidates if candidate.log_likelihood >= least]
+        fewest = min(candidate.searches for candidate in enough)
+        assert {finalist.searches for finalist in tuned.finalists} == {fewest}
+        assert all(finalist.log_likelihood >= least for finalist in tuned.finalists)
+        searches.append(fewest)
+    assert searches[0] >= searches[1] >= searches[2] < searches[0]

@@ -41,12 +41,14 @@ class Speed:
         repeats: Tokens per second of each repeat, after one warm-up that is not counted.
         search_share: Share of the time spent in the search for neighbors, median.
         batch_size: Sentences decoded at a time.
+        searches: Rows that searched, of all rows of all steps; a gate leaves some out.
     """
 
     tokens_per_second: float
     repeats: tuple[float, ...]
     search_share: float
     batch_size: int
+    searches: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def run_systems(
             repeats=rates,
             search_share=statistics.median(run.spans.seconds["search"] / run.seconds for run in timed),
             batch_size=1 if isinstance(translator, OnlineTranslator) else translator.decoding.batch_size,
+            searches=timed[0].spans.share_of_rows("search"),
         )
         texts = timed[0].texts
         changed = sum(len(set(versions)) > 1 for versions in zip(*(run.texts for run in rounds[name]), strict=True))

@@ -27,6 +27,7 @@ def system_json(result: SystemResult) -> dict[str, Any]:
         "tokens_per_second": round(result.speed.tokens_per_second, 1),
         "tokens_per_second_repeats": [round(rate, 1) for rate in result.speed.repeats],
         "search_share": round(result.speed.search_share, 4),
+        "searches_per_token": round(result.speed.searches, 4),
         "batch_size": result.speed.batch_size,
         "repeatable": result.repeatable,
         "signatures": {name: score.signature for name, score in scores.items() if score is not None},

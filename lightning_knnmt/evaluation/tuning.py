@@ -4,7 +4,7 @@ import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lightning_knnmt.data.splits import source_key
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.scores import corpus_scores
 from lightning_knnmt.knn.combiners.combiner import Combiner
+from lightning_knnmt.knn.gates import OpenGate
 from lightning_knnmt.knn.memory import Memory
 from lightning_knnmt.knn.mixture import PlainModel
 from lightning_knnmt.knn.reference import reference_steps
@@ -43,6 +44,8 @@ class Grid:
         nprobe_tolerance: The smallest nprobe is taken whose best log-likelihood per token is within this many nats of
             the best of all.
         finalists: How many settings BLEU decides between.
+        max_loss: Nats of log-likelihood per token that may be lost against the best of all for fewer searches: of the
+            gates within it the one is taken that searches least. None: the best gate, however often it searches.
         max_tokens: Most tokens of a teacher-forced batch.
     """
 
@@ -53,6 +56,7 @@ class Grid:
     others: dict[str, list[Any]] = field(default_factory=dict)
     nprobe_tolerance: float = 0.01
     finalists: int = 4
+    max_loss: float | None = None
     max_tokens: int = 2048
 
     def __post_init__(self) -> None:
@@ -66,7 +70,7 @@ class Grid:
             raise ValueError(f"lambda_ is {self.lambda_}, expected values between 0 and 1, both excluded")
         if self.temperature is not None and not all(0 < value < math.inf for value in self.temperature):
             raise ValueError(f"temperature is {self.temperature}, expected more than 0 each")
-        check_number(nprobe_tolerance=self.nprobe_tolerance)
+        check_number(nprobe_tolerance=self.nprobe_tolerance, max_loss=self.max_loss)
         check_at_least(1, finalists=self.finalists, max_tokens=self.max_tokens)
 
     def values_for(self, mixture: MixtureConfig, nlist: int | None) -> dict[str, list[Any]]:
@@ -80,7 +84,8 @@ class Grid:
             ValueError: No part has an option of `others`.
         """
         mixture.with_options(**{name: values[0] for name, values in self.others.items()})
-        values: dict[str, list[Any]] = {
+        usual = {} if self.max_loss is None else {name: list(each) for name, each in mixture.gate.usual_options.items()}
+        values: dict[str, list[Any]] = usual | {
             "k": self.k, "lambda_": self.lambda_, "nprobe": _distinct(self.nprobe, nlist), **self.others
         }  # fmt: skip
         if self.temperature is not None:
@@ -110,17 +115,20 @@ class Candidate:
         mixture: Retriever, combiner and gate.
         options: The options that were chosen.
         log_likelihood: Mean natural log-probability of a reference token.
+        searches: Searches per reference token: less than 1 where a gate is closed for some.
         bleu: Corpus BLEU of the validation split; None if it was not a finalist.
     """
 
     mixture: MixtureConfig
     options: Options
     log_likelihood: float
+    searches: float = 1.0
     bleu: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {"settings": self.mixture.plain, "log_likelihood": self.log_likelihood, "bleu": self.bleu}
+        figures = {name: getattr(self, name) for name in ("log_likelihood", "searches", "bleu")}
+        return {"settings": self.mixture.plain, **figures}
 
 
 @dataclass(frozen=True)
@@ -188,6 +196,7 @@ def likelihoods(
 
     Neighbors are retrieved once for all options of the combiner, and with the largest k only: a smaller k takes the
     first of them; where an index scores candidates again, a search for the smaller k alone may miss a few of these.
+    All rows are searched, and what a gate would close is given the plain model's likelihood.
 
     Returns:
         The candidates, the plain model's log-likelihood, and the number of reference tokens.
@@ -199,34 +208,44 @@ def likelihoods(
         nearest = _nearest(model, memory, mixture, pairs, grid, values)
         values |= {name: default_temperatures(*nearest, shares) for name, shares in scaled.items()}
     ks = values.pop("k") if "k" in mixture.retriever.option_names else [None]
-    searching = _choices(values, (*mixture.retriever.option_names, *mixture.gate.option_names))
+    searching = _choices(values, mixture.retriever.option_names)
+    gating = _choices(values, mixture.gate.option_names)
     weighing = _choices(values, tuple(set(mixture.combiner.option_names) - set(mixture.retriever.option_names)))
     largest = {} if ks == [None] else {"k": max(ks)}
-    opened = [mixture.with_options(**options, **largest).open(model, memory) for options in searching]
+    always = replace(mixture, gate=OpenGate())
+    opened = [always.with_options(**options, **largest).open(model, memory) for options in searching]
+    gates = [mixture.gate.with_options(**options).to(model.device).eval() for options in gating]
+    for gate in gates:
+        gate.bind(model, memory)
     combiners = {}  # [number of k, number of other options -> combiner]
     for (number, k), (other, options) in itertools.product(enumerate(ks), enumerate(weighing)):
         both = {"k": k} if k is not None and "k" in mixture.combiner.option_names else {}
         combiners[number, other] = combiner = mixture.combiner.with_options(**options, **both).to(model.device).eval()
         combiner.bind(model, memory)
-    sums = torch.zeros(len(searching), len(ks), len(weighing), dtype=torch.float64)
+    sums = torch.zeros(len(searching), len(gating), len(ks), len(weighing), dtype=torch.float64)
+    searched = torch.zeros(len(gating), dtype=torch.float64)
     plain, tokens = 0.0, 0
     for reference in reference_steps(model, pairs, grid.max_tokens):
         step = reference.step
-        chosen = step.logits.gather(1, reference.tokens[:, None]) - step.log_normalizer
+        chosen = (step.logits.gather(1, reference.tokens[:, None]) - step.log_normalizer).squeeze(1)
         plain += float(chosen.double().sum())
         tokens += len(step)
+        asked = torch.stack([gate(step) for gate in gates])  # [gate, R]
+        searched += asked.sum(1).cpu()
         for place, each in enumerate(opened):
             each.begin(reference.batch)
             neighbors = each.neighbors(step)
             for (number, other), combiner in combiners.items():
                 found = neighbors if (k := ks[number]) is None else neighbors.first(k)
                 log_probs = combiner.token_log_probs(step, found, reference.tokens)
-                sums[place, number, other] += float(log_probs.double().sum())
+                sums[place, :, number, other] += torch.where(asked, log_probs, chosen).double().sum(1).cpu()
     candidates = []
-    for place, number, other in itertools.product(*map(range, sums.shape)):
-        options = searching[place] | ({} if ks[number] is None else {"k": ks[number]}) | weighing[other]
-        mean = float(sums[place, number, other]) / tokens
-        candidates.append(Candidate(mixture.with_options(**options), options, mean))
+    for place, gate_number, number, other in itertools.product(*map(range, sums.shape)):
+        options = searching[place] | gating[gate_number] | ({} if ks[number] is None else {"k": ks[number]})
+        options |= weighing[other]
+        mean = float(sums[place, gate_number, number, other]) / tokens
+        searches = float(searched[gate_number]) / tokens
+        candidates.append(Candidate(mixture.with_options(**options), options, mean, searches))
     return candidates, plain / tokens, tokens
 
 
@@ -248,7 +267,7 @@ def _nearest(
     first = {name: found[0] for name, found in values.items()}
     if "k" in values:
         first["k"] = max(values["k"])
-    opened = mixture.with_options(**first).open(model, memory)
+    opened = replace(mixture.with_options(**first), gate=OpenGate()).open(model, memory)
     distances, norms = [], []
     for reference in reference_steps(model, pairs, grid.max_tokens):
         opened.begin(reference.batch)
@@ -321,10 +340,10 @@ def tune(
         plain_bleu = _bleu(Translator(model, PlainModel(), decoding), pairs)
     log.info("plain model: log-likelihood %.3f, BLEU %.2f", plain, plain_bleu)
     finalists = []
-    for candidate in shortlist(candidates, best - grid.nprobe_tolerance)[: grid.finalists]:
+    for candidate in shortlist(candidates, best - grid.nprobe_tolerance, grid.max_loss)[: grid.finalists]:
         bleu = _bleu(Translator(model, candidate.mixture.open(model, memory), decoding), pairs)
         log.info("%s: log-likelihood %.3f, BLEU %.2f", candidate.mixture, candidate.log_likelihood, bleu)
-        finalists.append(Candidate(candidate.mixture, candidate.options, candidate.log_likelihood, bleu))
+        finalists.append(replace(candidate, bleu=bleu))
     finalists.sort(key=lambda candidate: -(candidate.bleu or 0.0))
     warn_of_edges(finalists[0].options, grid.values_for(mixture, memory.nlist))
     if best <= plain:
@@ -346,8 +365,23 @@ def warn_of_edges(chosen: Options, values: Mapping[str, list[Any]]) -> None:
             log.warning("%s = %s is the smallest value that was tried; a smaller one may be better", name, known[0])
 
 
-def shortlist(candidates: list[Candidate], sufficient: float) -> list[Candidate]:
-    """The best choice of each λ, if there is one, with the smallest nprobe that suffices, the best first."""
+def shortlist(candidates: list[Candidate], sufficient: float, max_loss: float | None = None) -> list[Candidate]:
+    """The best choice of each λ, if there is one, with the smallest nprobe and the least searches that suffice.
+
+    Args:
+        candidates: All of them.
+        sufficient: The log-likelihood for which the smallest nprobe is taken.
+        max_loss: What may be lost against the best log-likelihood for fewer searches; None: nothing is traded.
+
+    Returns:
+        The best first.
+    """
+    if max_loss is not None:
+        least = max(candidate.log_likelihood for candidate in candidates) - max_loss
+        enough = [candidate for candidate in candidates if candidate.log_likelihood >= least]
+        fewest = min(candidate.searches for candidate in enough)
+        candidates = [candidate for candidate in enough if candidate.searches == fewest]
+        sufficient = min(sufficient, max(candidate.log_likelihood for candidate in candidates))
     if "nprobe" in candidates[0].options:
         nprobe = min(c.options["nprobe"] for c in candidates if c.log_likelihood >= sufficient)
         candidates = [candidate for candidate in candidates if candidate.options["nprobe"] == nprobe]

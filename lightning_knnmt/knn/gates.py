@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,13 @@ LEAST = -20.0  # log-probability, below which all tokens are equally unlikely
 
 
 class Gate(Component, nn.Module, ABC):
-    """Says which rows of a step search; the others keep the model's prediction."""
+    """Says which rows of a step search; the others keep the model's prediction.
+
+    Attributes:
+        usual_options: Values of its options that tuning tries for a stated loss, where none are given.
+    """
+
+    usual_options: ClassVar[dict[str, tuple[float, ...]]] = {}
 
     @abstractmethod
     def forward(self, step: Step) -> Tensor:
@@ -47,6 +53,8 @@ class ConfidenceGate(Gate):
     >>> ConfidenceGate(0.9)(Step(torch.zeros(2, 3), torch.tensor([[0.0, 5.0], [0.0, 1.0]]), torch.arange(2)))
     tensor([False,  True])
     """
+
+    usual_options: ClassVar = {"threshold": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999, 1.0)}
 
     def __init__(self, threshold: float = 0.99) -> None:
         super().__init__()
@@ -78,6 +86,7 @@ class LearnedGate(TrainedPart, Gate):
     """
 
     free_options = ("threshold",)
+    usual_options: ClassVar = {"threshold": (-math.inf, -0.02, 0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5)}
     sees_states = True
 
     def __init__(
