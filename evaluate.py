@@ -38,12 +38,14 @@ from lightning_knnmt.index.config import Device
 from lightning_knnmt.index.opening import load_index
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
+from lightning_knnmt.knn.memory import Memory
 from lightning_knnmt.knn.mixture import PlainModel
 from lightning_knnmt.knn.pair_memory import PairMemory
+from lightning_knnmt.knn.pooled import PooledMemory
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
-from lightning_knnmt.loading import check_memory
-from lightning_knnmt.memory import DatastoreMemory, open_memory
+from lightning_knnmt.loading import check_memory, check_pooled
+from lightning_knnmt.memory import DatastoreMemory, open_memory, open_pooled
 from lightning_knnmt.metric import Metric
 from lightning_knnmt.storage.files import file_sha256, write_json, write_text
 from lightning_knnmt.storage.ranks import Processes, Ranks
@@ -61,6 +63,12 @@ class System:
     index: str
     mixture: MixtureConfig
     tuning: Tuning | None = None
+    pooled: PooledMemory | None = None
+
+    @property
+    def searched(self) -> Memory:
+        """What is searched: the memory, or several of which it is the first."""
+        return self.memory if self.pooled is None else self.pooled
 
 
 def evaluate(
@@ -86,6 +94,7 @@ def evaluate(
     translation_memory: CorpusFile | None = None,
     online: bool = False,
     checksums: bool | None = None,
+    pooled_with: list[Path] | None = None,
     processes: Processes = Processes(),
 ) -> None:
     """Translate a test split with the plain model and with kNN, and report quality and speed of both.
@@ -115,6 +124,8 @@ def evaluate(
         online: Compare with a third system, knn_online, which learns the reference of every sentence after translating
             it, one sentence at a time; with a translation memory only.
         checksums: Compare the datastore's bytes with their checksums first; null: those of files up to 256 MB in all.
+        pooled_with: Folders of further datastores of the model, searched together with the first by indexes of the same
+            name.
         processes: Processes that share the sentences and search together, each with its part of an index that was
             built with `layout: shards`.
     """
@@ -124,6 +135,7 @@ def evaluate(
     refuse_existing(overwrite, out=out / "results.json")
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
     check_memory(datastore, translation_memory, retriever)
+    check_pooled(pooled_with, datastore, processes.devices * processes.num_nodes > 1)
     _check_systems(datastore, translation_memory, others, online, processes)
     stored_pairs = None if translation_memory is None else list(read_pairs(translation_memory))
     pairs = list(read_pairs(test))
@@ -148,10 +160,15 @@ def evaluate(
                 )
             memory.check(models[name])
             systems[name] = System(models[name].to(models["knn"].device), memory, index_name, chosen)
-        stored = count_stored(systems["knn"].memory, {"test": pairs, "validation": validation})
+        if isinstance(first_memory := systems["knn"].memory, DatastoreMemory):
+            pooled = open_pooled(first_memory, pooled_with or [], index, mmap, index_device)
+            if isinstance(pooled, PooledMemory):
+                pooled.check(models["knn"])
+                systems["knn"] = replace(systems["knn"], pooled=pooled)
+        stored = count_stored(systems["knn"].searched, {"test": pairs, "validation": validation})
         if tuning is not None:
             for name, system in systems.items():
-                tuned = tune(system.model, system.memory, chosen, validation, tuning.grid, decoding)
+                tuned = tune(system.model, system.searched, chosen, validation, tuning.grid, decoding)
                 systems[name] = replace(system, mixture=tuned.best, tuning=tuned)
         log.info("chosen: %s", "; ".join(f"{name} {system.mixture}" for name, system in systems.items()))
         results = run_systems(_translators(systems, decoding, ranks, pairs if online else []), pairs, repeats, seed)
@@ -184,6 +201,7 @@ def evaluate(
                 "validation": None if tuning is None else _split_json(tuning.validation, validation),
                 "model": asdict(Provenance.of(first.model)) | {"dtype": first.model.dtype},
                 "datastore": _datastore_json(first),
+                "pooled_with": pooled_with,
                 "translation_memory": None
                 if translation_memory is None
                 else _split_json(translation_memory, stored_pairs or []),
@@ -203,7 +221,9 @@ def evaluate(
         text = f"{table}\n\n{settings_line(content)}\n\n{systems_lines(content)}{note}\n"
         write_text(out / "results.md", text)
         searched = translation_memory if datastore is None else datastore
-        config = translate_config(backbone, searched, index, first.mixture, decoding, first.memory.metric)
+        config = translate_config(
+            backbone, searched, index, first.mixture, decoding, first.memory.metric, pooled_with or []
+        )
         write_text(out / "translate.yaml", config + "\n")
         lists = {
             f"{name}: {details[name]['index']['factory']}": sizes
@@ -242,7 +262,7 @@ def _translators(
     for name, system in systems.items():
         plain = "base" if name == "knn" else name.removeprefix("knn_")
         shared = system.memory if isinstance(system.memory, DatastoreMemory) else None
-        for label, mixture in ((plain, PlainModel()), (name, system.mixture.open(system.model, system.memory))):
+        for label, mixture in ((plain, PlainModel()), (name, system.mixture.open(system.model, system.searched))):
             translators[label] = SharedTranslator(system.model, mixture, decoding, ranks, shared)
         if learned and isinstance(system.memory, PairMemory):
             again = Translator(system.model, system.mixture.open(system.model, system.memory), decoding)
@@ -299,7 +319,7 @@ def _split_json(corpus: CorpusFile, pairs: Sequence[Pair]) -> dict[str, Any]:
 def _show_examples(
     system: System, decoding: Decoding, pairs: Sequence[Pair], results: dict[str, SystemResult], examples: int
 ) -> None:
-    mixture = system.mixture.open(system.model, system.memory)
+    mixture = system.mixture.open(system.model, system.searched)
     for number in _most_improved(results, [pair.tgt for pair in pairs])[:examples]:
         explanation = explain(mixture, pairs[number].src, decoding)
         log.info("\nsource     %s", pairs[number].src)
@@ -327,12 +347,15 @@ def translate_config(
     mixture: MixtureConfig,
     decoding: Decoding,
     metric: Metric = "l2",
+    pooled_with: Sequence[Path] = (),
 ) -> str:
     """A configuration with which `translate.py` uses the same settings; the device is chosen anew."""
     memory: dict[str, Any] = {"datastore": str(searched), "index": index, "metric": metric}
     if isinstance(searched, CorpusFile):
         corpus = {name: str(value) if isinstance(value, Path) else value for name, value in asdict(searched).items()}
         memory = {"translation_memory": corpus}
+    if pooled_with:
+        memory["pooled_with"] = [str(folder) for folder in pooled_with]
     config = {
         "backbone": {name: value for name, value in asdict(backbone).items() if name != "device"},
         **memory,

@@ -47,6 +47,7 @@ def translate(
     translation_memory: CorpusFile | None = None,
     metric: Metric | None = None,
     checksums: bool | None = None,
+    pooled_with: list[Path] | None = None,
     processes: Processes = Processes(),
 ) -> None:
     """Translate UTF-8 text, one sentence a line, with the neighbors of a datastore or with the plain model.
@@ -72,6 +73,8 @@ def translate(
         translation_memory: Pairs as they stand, for a retriever that needs no stored keys; in place of a datastore.
         metric: That of the index, by which temperature and λ were chosen; an index of another is refused. None: any.
         checksums: Compare the datastore's bytes with their checksums first; null: those of files up to 256 MB in all.
+        pooled_with: Folders of further datastores of the same model, searched together with the first by indexes of the
+            same name.
         processes: Processes that share the sentences and search together, each with its part of an index that was
             built with `layout: shards`; the first reads and writes.
     """
@@ -98,7 +101,7 @@ def translate(
         start = (lambda model: stack.enter_context(processes.start(model))) if several else None
         translator = open_translator(
             backbone, datastore, index, knn, retriever, combiner, gate, decoding, index_device, mmap,
-            translation_memory, metric, checksums, start,
+            translation_memory, metric, checksums, pooled_with, start,
         )  # fmt: skip
         source: BinaryIO = sys.stdin.buffer if input == "-" else stack.enter_context(open_bytes(Path(input), True))
         out: Any = sys.stdout.buffer

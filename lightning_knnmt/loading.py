@@ -13,11 +13,12 @@ from lightning_knnmt.decoding.together import SharedTranslator
 from lightning_knnmt.index.config import Device
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
+from lightning_knnmt.knn.memory import Memory
 from lightning_knnmt.knn.mixture import PlainModel
 from lightning_knnmt.knn.pair_memory import PairMemory
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
-from lightning_knnmt.memory import DatastoreMemory, open_memory
+from lightning_knnmt.memory import DatastoreMemory, open_memory, open_pooled
 from lightning_knnmt.metric import Metric
 from lightning_knnmt.storage.ranks import Ranks
 
@@ -36,6 +37,7 @@ def open_translator(
     translation_memory: CorpusFile | None = None,
     metric: Metric | None = None,
     checksums: bool | None = None,
+    pooled_with: list[Path] | None = None,
     start: Callable[[KeyedModel], Ranks] | None = None,
 ) -> SharedTranslator:
     """Load a model, open its datastore, and put them together; the datastore stays open as long as the translator is.
@@ -54,10 +56,12 @@ def open_translator(
         translation_memory: Pairs as they stand, for a retriever that needs no stored keys; in place of a datastore.
         metric: That of the index, by which the settings were chosen; another is refused. None: any.
         checksums: Compare every byte of the datastore with its checksum first, as in `Datastore`.
+        pooled_with: Folders of further datastores of the same model, searched together with the first.
         start: Starts the processes that share the sentences and the index; None: this one alone.
     """
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
     check_memory(datastore, translation_memory, retriever)
+    check_pooled(pooled_with, datastore, several=start is not None)
     pairs = None if translation_memory is None else list(read_pairs(translation_memory))
     memory: DatastoreMemory | None = None
     if datastore is not None and start is None:
@@ -67,7 +71,9 @@ def open_translator(
     ranks = Ranks() if start is None else start(model)
     if datastore is not None and memory is None:
         memory = open_memory(datastore, index, mmap, index_device, ranks, metric, checksums)
-    searched = memory if pairs is None else PairMemory(model, pairs)
+    searched: Memory | None = memory if pairs is None else PairMemory(model, pairs)
+    if memory is not None:
+        searched = open_pooled(memory, pooled_with or [], index, mmap, index_device)
     mixture = PlainModel() if searched is None else chosen.open(model, searched)
     return SharedTranslator(model, mixture, decoding, ranks, memory)
 
@@ -89,6 +95,18 @@ def check_memory(datastore: Path | None, translation_memory: CorpusFile | None, 
             f"translation_memory is {translation_memory.path}, which has no keys to search, and no retriever is given; "
             "expected one that needs none: class_path: lightning_knnmt.knn.retrievers.per_sentence.PerSentence"
         )
+
+
+def check_pooled(pooled_with: list[Path] | None, datastore: Path | None, several: bool) -> None:
+    """Refuse further datastores without a first one, and with several processes.
+
+    Raises:
+        ValueError: They are given so.
+    """
+    if pooled_with and datastore is None:
+        raise ValueError("pooled_with is given without a datastore, expected the first of them in datastore")
+    if pooled_with and several:
+        raise ValueError("pooled_with is given, which one process searches alone, but processes is more than one")
 
 
 def load_translator(path: Path | str) -> Translator:

@@ -1,6 +1,6 @@
 """A datastore with an index: the memory on disk."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +27,7 @@ from lightning_knnmt.index.search_index import SearchIndex
 from lightning_knnmt.index.torch_index import TorchIndex
 from lightning_knnmt.knn.memory import consecutive
 from lightning_knnmt.knn.neighbors import Neighbors, no_neighbors
+from lightning_knnmt.knn.pooled import PooledMemory
 from lightning_knnmt.knn.product_codes import ProductCodes
 from lightning_knnmt.metric import Metric
 from lightning_knnmt.sentences.encoders import SentenceEncoder, StatesEncoder, TransformersEncoder
@@ -239,6 +240,33 @@ class DatastoreMemory:
             self.close()
         else:  # after an error here, other processes get one too, once this one is gone
             self.datastore.close()
+
+
+def open_pooled(
+    memory: DatastoreMemory, pooled_with: Sequence[Path], index: str = "index", mmap: bool = False,
+    device: Device = "cpu",
+) -> DatastoreMemory | PooledMemory:  # fmt: skip
+    """A memory and further datastores of the same model, searched as one; the memory itself if there are none.
+
+    Args:
+        memory: The first.
+        pooled_with: Folders of the others.
+        index: Name of their indexes, whose metric is that of the first.
+        mmap: Leave the entries of indexes on the disk.
+        device: Where they are searched, as in `open_index`.
+
+    Raises:
+        DatastoreError: A datastore or its index is missing or damaged, or was built for another metric.
+        ValueError: A datastore is named twice.
+    """
+    if not pooled_with:
+        return memory
+    memories: dict[str, DatastoreMemory] = {str(memory.datastore.folder): memory}
+    for folder in pooled_with:
+        if str(folder) in memories:
+            raise ValueError(f"pooled_with has {folder}, which is searched already, expected each datastore once")
+        memories[str(folder)] = open_memory(folder, index, mmap, device, metric=memory.metric)
+    return PooledMemory(memories)
 
 
 def open_memory(

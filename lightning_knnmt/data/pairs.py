@@ -27,8 +27,10 @@ class StoredContext:
         pair: The sentence pair.
         number: The pair's number in the corpus; the numbers of a corpus that was appended follow.
         position: Which of the target's tokens the entry predicts, from 0.
+        store: Name of the datastore, where several are searched as one; empty otherwise.
     """
 
     pair: Pair
     number: int
     position: int
+    store: str = ""

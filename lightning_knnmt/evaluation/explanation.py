@@ -172,4 +172,5 @@ def explanation_lines(explanation: Explanation) -> Iterator[str]:
         yield f"  {token.token}  p={token.probability:.2f} (model alone {token.model_probability:.2f})"
         for neighbor in token.neighbors:
             source = _beginning(neighbor.context.pair.src, 2 * CONTEXT_WIDTH)
-            yield f"      {neighbor.share:.2f}  d={neighbor.distance:.1f}  {neighbor.marked}  ⇐  {source}"
+            store = f"  ({neighbor.context.store})" if neighbor.context.store else ""
+            yield f"      {neighbor.share:.2f}  d={neighbor.distance:.1f}  {neighbor.marked}  ⇐  {source}{store}"
