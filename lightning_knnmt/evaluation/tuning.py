@@ -26,6 +26,8 @@ from lightning_knnmt.knn.settings import MixtureConfig
 
 log = logging.getLogger(__name__)
 
+LEAST_LOG_PROB = -20.0  # of a token in tuning: with λ = 1 a reference may have probability 0, and the mean says nothing
+
 Options = dict[str, Any]
 
 
@@ -237,7 +239,7 @@ def likelihoods(
             neighbors = each.neighbors(step)
             for (number, other), combiner in combiners.items():
                 found = neighbors if (k := ks[number]) is None else neighbors.first(k)
-                log_probs = combiner.token_log_probs(step, found, reference.tokens)
+                log_probs = combiner.token_log_probs(step, found, reference.tokens).clamp(min=LEAST_LOG_PROB)
                 sums[place, :, number, other] += torch.where(asked, log_probs, chosen).double().sum(1).cpu()
     candidates = []
     for place, gate_number, number, other in itertools.product(*map(range, sums.shape)):
