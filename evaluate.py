@@ -161,7 +161,7 @@ def evaluate(
             memory.check(models[name])
             systems[name] = System(models[name].to(models["knn"].device), memory, index_name, chosen)
         if isinstance(first_memory := systems["knn"].memory, DatastoreMemory):
-            pooled = open_pooled(first_memory, pooled_with or [], index, mmap, index_device)
+            pooled = open_pooled(first_memory, pooled_with or [], index, mmap, index_device, checksums)
             if isinstance(pooled, PooledMemory):
                 pooled.check(models["knn"])
                 systems["knn"] = replace(systems["knn"], pooled=pooled)

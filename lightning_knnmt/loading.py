@@ -73,7 +73,7 @@ def open_translator(
         memory = open_memory(datastore, index, mmap, index_device, ranks, metric, checksums)
     searched: Memory | None = memory if pairs is None else PairMemory(model, pairs)
     if memory is not None:
-        searched = open_pooled(memory, pooled_with or [], index, mmap, index_device)
+        searched = open_pooled(memory, pooled_with or [], index, mmap, index_device, checksums)
     mixture = PlainModel() if searched is None else chosen.open(model, searched)
     return SharedTranslator(model, mixture, decoding, ranks, memory)
 

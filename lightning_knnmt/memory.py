@@ -244,7 +244,7 @@ class DatastoreMemory:
 
 def open_pooled(
     memory: DatastoreMemory, pooled_with: Sequence[Path], index: str = "index", mmap: bool = False,
-    device: Device = "cpu",
+    device: Device = "cpu", checksums: bool | None = None,
 ) -> DatastoreMemory | PooledMemory:  # fmt: skip
     """A memory and further datastores of the same model, searched as one; the memory itself if there are none.
 
@@ -254,6 +254,7 @@ def open_pooled(
         index: Name of their indexes, whose metric is that of the first.
         mmap: Leave the entries of indexes on the disk.
         device: Where they are searched, as in `open_index`.
+        checksums: Compare every byte with its checksum first, as in `Datastore`.
 
     Raises:
         DatastoreError: A datastore or its index is missing or damaged, or was built for another metric.
@@ -265,7 +266,7 @@ def open_pooled(
     for folder in pooled_with:
         if str(folder) in memories:
             raise ValueError(f"pooled_with has {folder}, which is searched already, expected each datastore once")
-        memories[str(folder)] = open_memory(folder, index, mmap, device, metric=memory.metric)
+        memories[str(folder)] = open_memory(folder, index, mmap, device, metric=memory.metric, checksums=checksums)
     return PooledMemory(memories)
 
 
