@@ -55,7 +55,7 @@ SIZE = 2
 GRACE = 120  # seconds in which a process must have noticed that another is gone
 PAUSE = 0.004  # seconds that each step of a build is drawn out, so that a kill can fall into it
 INDEX = IndexConfig("IVF4,PQ4x4fs,Refine(SQfp16)", chunk=60, part_entries=200)
-NOT_COMPARED = ("writer.lock", "build.json")  # who wrote last, and how long it took
+NOT_COMPARED = ("writer.lock",)  # who wrote last
 
 
 @dataclass(frozen=True)

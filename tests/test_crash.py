@@ -152,10 +152,10 @@ def test_training_that_was_finished_is_not_repeated(
 
 
 def test_the_benchmark_gives_the_share_of_identical_stores_beside_its_settings() -> None:
-    result = crash.measure(Namespace(kills=2, together=1, pairs=60, seed=3, quick=True, json=None))
+    result = crash.measure(Namespace(kills=2, together=1, commands=1, pairs=60, seed=3, quick=True, json=None))
     assert (result["ratio"], result["problems"]) == (1.0, [])
-    assert result["kills"] == {"encode": 1, "train": 1, "rank 0 of 2": 1}
-    assert result["settings"] == {"kills": 2, "together": 1, "pairs": 60, "seed": 3}
+    assert result["kills"] == {"encode": 1, "train": 1, "rank 0 of 2": 1, "build command": 1}
+    assert result["settings"] == {"kills": 2, "together": 1, "commands": 1, "pairs": 60, "seed": 3}
 
 
 def test_the_comparison_sees_what_differs(crashes: crash.Crashes) -> None:

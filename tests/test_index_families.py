@@ -161,7 +161,7 @@ def test_queries_of_another_dimension_are_refused(store: Datastore, method: str)
     [
         (
             "LSH",
-            "factory is 'LSH', whose distances count bits that differ; expected squared L2, from codes such as SQ8",
+            "factory is 'LSH', whose distances count bits that differ; expected squared L2 or inner products, from",
         ),
         ("PCA8,LSHt", "factory is 'PCA8,LSHt', whose distances count bits"),
         ("IVF8,ITQ8,SH", "factory is 'IVF8,ITQ8,SH', whose distances count bits"),

@@ -63,7 +63,7 @@ def test_results_hold_every_setting(domain: Domain):
     assert settings["model"]["dtype"] == "float32"
     assert settings["datastore"]["provenance"]["model_sha256"] == backbone.model_fingerprint
     assert domain.results["index"]["datastore_sha256"] == file_sha256(domain.root / "store" / "manifest.json")
-    assert settings["decoding"] == DECODING | {"options": {}, "loop": "own"}
+    assert settings["decoding"] == DECODING | {"options": {}, "loop": "own", "shortlist": None}
     assert (settings["repeats"], settings["seed"], domain.results["index"]["seed"]) == (2, 1, 1)
     assert settings["threads"]["torch"] == torch.get_num_threads()
     assert settings["device"] == "cpu"

@@ -204,7 +204,10 @@ def test_an_untrained_model_is_smoothed_without_a_warning(
         (["--trainer.limit_train_batches=-1"], "invalid value -1 for limit_train_batches"),
         (["--trainer.devices=-1"], "trainer.devices is -1: "),
         (["--trainer.callbacks.init_args.nlist=0"], "nlist is 0, expected 1 or more"),
-        (["--export.monitor=val/lost"], "export.monitor is 'val/lost', expected one of what is logged: "),
+        (
+            ["--export.monitor=val/lost", "--trainer.val_check_interval=1"],
+            "export.monitor is 'val/lost', expected one of what is logged: ",
+        ),
         (["--ckpt_path=picture.ckpt"], "Weights only load failed"),
     ],
 )

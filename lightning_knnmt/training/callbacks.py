@@ -32,13 +32,11 @@ class ExportBackbone(L.Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the model if it is the best so far."""
-        if trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         if self.monitor is not None and self.monitor not in trainer.callback_metrics:
             logged = ", ".join(sorted(trainer.callback_metrics))
             raise ValueError(f"export.monitor is {self.monitor!r}, expected one of what is logged: {logged}")
-        if trainer.sanity_checking:
-            return
         value = float("-inf") if self.monitor is None else float(trainer.callback_metrics[self.monitor])
         if value <= self.best:
             self.best = value

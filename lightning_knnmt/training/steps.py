@@ -132,7 +132,8 @@ def without(neighbors: Neighbors, entries: Tensor) -> Neighbors:
 
     >>> ids = torch.tensor([[4, 9, 2], [4, 9, 2]])
     >>> without(Neighbors(ids.float(), ids, ids), torch.tensor([9, 5])).ids
-    tensor([[4, 2], [4, 9]])
+    tensor([[4, 2],
+            [4, 9]])
     """
     dropped = neighbors.ids == entries[:, None]
     order = dropped.int().argsort(dim=1, stable=True)[:, :-1]
