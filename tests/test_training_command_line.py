@@ -205,7 +205,7 @@ def test_an_untrained_model_is_smoothed_without_a_warning(
         (["--trainer.devices=-1"], "trainer.devices is -1: "),
         (["--trainer.callbacks.init_args.nlist=0"], "nlist is 0, expected 1 or more"),
         (
-            ["--export.monitor=val/lost", "--trainer.val_check_interval=1"],
+            ["--export.monitor=val/lost", "--trainer.val_check_interval=1", "--trainer.callbacks.init_args.nlist=4"],
             "export.monitor is 'val/lost', expected one of what is logged: ",
         ),
         (["--ckpt_path=picture.ckpt"], "Weights only load failed"),
