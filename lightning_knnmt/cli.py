@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 MOST_SHOWN = 3000  # characters of an error
 USER_ERROR = 2  # as jsonargparse exits for options that it does not know
-_EXPECTED = (DatastoreError, ImportError, OSError, ValueError)
+EXPECTED = (DatastoreError, ImportError, OSError, ValueError)  # errors of the user
 
 
 class ScriptParser(ArgumentParser):
@@ -67,7 +67,7 @@ def run_script(function: Callable[..., Any] | dict[str, Any], args: list[str] | 
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        if not isinstance(error, (*_EXPECTED, *_fetch_errors())) or os.environ.get("JSONARGPARSE_DEBUG"):
+        if not isinstance(error, (*EXPECTED, *_fetch_errors())) or os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         sys.stderr.write(f"error: {shorten(reason_of(str(error)), MOST_SHOWN)}\n")
         sys.exit(USER_ERROR)

@@ -17,13 +17,11 @@ from lightning.pytorch.loggers import CSVLogger
 
 from lightning_knnmt import dispersion
 from lightning_knnmt.checks import check_at_least, check_number
-from lightning_knnmt.cli import USER_ERROR, reason_of
-from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.cli import EXPECTED, USER_ERROR, reason_of
 from lightning_knnmt.training.callbacks import ExportBackbone
 from lightning_knnmt.training.datamodule import TranslationDataModule
 from lightning_knnmt.training.module import TranslationModule
 
-EXPECTED = (DatastoreError, ImportError, OSError, ValueError, MisconfigurationException, UnpicklingError)
 # Options that Lightning stops at in the middle, or takes without sense, with the least that makes some.
 LEAST = {"accumulate_grad_batches": 1, "log_every_n_steps": 0, "num_sanity_val_steps": -1}
 
@@ -167,7 +165,7 @@ def errors_in_one_line() -> Iterator[None]:
     """End with status 2 and a line at an error of the user, with a traceback only if JSONARGPARSE_DEBUG is set."""
     try:
         yield
-    except EXPECTED as error:
+    except (*EXPECTED, MisconfigurationException, UnpicklingError) as error:
         if os.environ.get("JSONARGPARSE_DEBUG"):
             raise
         sys.stderr.write(f"error: {' '.join(reason_of(str(error)).split())}\n")
