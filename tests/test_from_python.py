@@ -4,8 +4,8 @@ import contextlib
 import inspect
 import io
 import json
-import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,6 +19,7 @@ from tiny_models import GERMAN
 from tiny_stores import corpus_pairs, write_corpus
 
 import build_index
+import evaluate
 import lightning_knnmt
 import translate
 from lightning_knnmt import build_memory, explain, load_model, load_translator, open_memory
@@ -202,28 +203,34 @@ def test_two_processes_translate_what_one_does(
     config = ("--config", domain.root / "out" / "translate.yaml", "--index", "shards", "--block", "3")
     config += ("--datastore", store_in_parts(domain, tmp_path / "store"))
     lines = domain.sources("test")
-    text = "".join(f"{line}\n" for line in [*lines[:2], "", *lines[2:]]).encode()
-    command = [sys.executable, str(ROOT / "translate.py"), *map(str, config), "--processes.devices"]
-    alone, together = (
-        subprocess.run([*command, devices], cwd=tmp_path, input=text, check=True, timeout=600, capture_output=True)
-        for devices in ("1", "2")
-    )
-    assert together.stdout == alone.stdout and alone.stdout.count(b"\n") == len(lines) + 1
+    (tmp_path / "in.txt").write_text("".join(f"{line}\n" for line in [*lines[:2], "", *lines[2:]]), encoding="utf-8")
+    run(translate.translate, *config, "--input", tmp_path / "in.txt", "--output", tmp_path / "alone.txt")
+    command = [sys.executable, str(ROOT / "translate.py"), *map(str, config), "--processes.devices", "2"]
+    with (tmp_path / "in.txt").open("rb") as lines_in:
+        together = subprocess.run(command, cwd=tmp_path, stdin=lines_in, check=True, timeout=600, capture_output=True)
+    alone = (tmp_path / "alone.txt").read_bytes()
+    assert together.stdout == alone and alone.count(b"\n") == len(lines) + 1
     expected = "explain is 3, which one process does alone"
     expect_error(capsys, translate.translate, *config, "--explain", "3", "--processes.devices", "2", expected=expected)
 
 
 @pytest.mark.slow
-def test_two_processes_evaluate_what_one_does(domain: Domain, tmp_path: Path) -> None:
+def test_two_processes_evaluate_what_one_does(domain: Domain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, runs = store_in_parts(domain, tmp_path / "store"), []
     (tmp_path / "evaluate.py").write_text(EVALUATE.format(root=str(ROOT)), encoding="utf-8")
+    monkeypatch.setattr(evaluate, "run_systems", evaluate.run_systems)  # which the file replaces, until the test ends
     for devices in ("1", "2"):
         where = tmp_path / devices
         where.mkdir()
-        command = [sys.executable, str(tmp_path / "evaluate.py"), "--config", str(domain.root / "evaluate.yaml")]
+        command = [str(tmp_path / "evaluate.py"), "--config", str(domain.root / "evaluate.yaml"), "--examples", "0"]
         command += ["--datastore", str(store), "--index", "shards", "--repeats", "1", "--out", str(where / "out")]
-        command += ["--processes.devices", devices, "--examples", "0"]
-        subprocess.run(command, cwd=where, check=True, timeout=600, capture_output=True, env=os.environ)
+        command += ["--processes.devices", devices]
+        if devices == "1":
+            monkeypatch.chdir(where)
+            monkeypatch.setattr(sys, "argv", command)
+            runpy.run_path(command[0], run_name="__main__")
+        else:
+            subprocess.run([sys.executable, *command], cwd=where, check=True, timeout=600, capture_output=True)
         texts = [json.loads(path.read_text()) for path in sorted(where.glob("texts-*.json"))]
         assert len(texts) == int(devices) and all(each == texts[0] for each in texts)
         runs.append((texts[0], json.loads((where / "out" / "results.json").read_text(encoding="utf-8"))))

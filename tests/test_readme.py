@@ -1,11 +1,14 @@
 """Every command in the code blocks of the README and of docs/ is one that the repository takes."""
 
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -91,8 +94,12 @@ def check(words: list[str], translate_config: Path) -> None:
 
 @cache
 def help_of(script: str) -> str:
-    command = [sys.executable, script, "--help"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as out, pytest.raises(SystemExit) as exit:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", [script, "--help"])
+        runpy.run_path(script, run_name="__main__")
+    assert exit.value.code == 0
+    return out.getvalue()
 
 
 @pytest.fixture

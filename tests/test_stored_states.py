@@ -196,13 +196,13 @@ def test_states_of_another_model_and_a_module_that_trains_more_are_refused(
 # ---- keys
 
 
+@pytest.mark.parametrize("name", ["marian", "m2m100", "t5", "fsmt", "firefox"])
 def test_rekeying_gives_the_datastore_that_the_whole_model_builds(
-    tiny_folder: Path, tiny_family: TinyFamily, tmp_path: Path
+    tiny_folder_of: FolderOf, name: str, tmp_path: Path
 ) -> None:
-    states = states_of(tiny_folder, tmp_path / "states", **tiny_family.languages)
-    tuned = load_model(
-        str(fine_tuned(tiny_folder, tmp_path / "tuned", **tiny_family.languages)), device="cpu", **tiny_family.languages
-    )
+    folder, languages = tiny_folder_of(name), TINY_FAMILIES[name].languages
+    states = states_of(folder, tmp_path / "states", **languages)
+    tuned = load_model(str(fine_tuned(folder, tmp_path / "tuned", **languages)), device="cpu", **languages)
     built = rekey(tuned, RekeyConfig(states, tmp_path / "rekeyed"))
     corpus = write_corpus(tmp_path / "corpus.jsonl", PAIRS)
     config = DatastoreConfig(tmp_path / "built", corpus, max_tokens=256, shard_entries=200)
