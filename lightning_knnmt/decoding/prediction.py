@@ -69,6 +69,12 @@ class Predictor:
 
     def best(self, sequences: "Sequences") -> Best:
         """The best next tokens of all rows, as many as the search considers."""
+        step = self.predict(sequences)
+        with self.spans.span("scores", len(step)):
+            return self._scored(step, sequences)
+
+    def predict(self, sequences: "Sequences") -> Step:
+        """All rows with the logits of the mixture, which may be overwritten."""
         latest, rows = sequences.latest, len(sequences) * self.options.beams
         with self.spans.span("decoder", rows):
             states = self.decoder.step(latest)
@@ -76,9 +82,7 @@ class Predictor:
             project = self.project if self.candidates is None else self.candidates.project
             logits = project(states.outputs).float()
         step = Step(states.queries, logits, sequences.sentence, writable=True)
-        step = self.mixture.mixed(step, self.spans, self._widening(states))
-        with self.spans.span("scores", rows):
-            return self._scored(step, sequences)
+        return self.mixture.mixed(step, self.spans, self._widening(states))
 
     def _scored(self, step: Step, sequences: "Sequences") -> Best:
         logits, options = step.logits, self.options

@@ -188,18 +188,26 @@ class Translator:
         """
         own = self._options()
         if own is not None:
-            _begin(self.mixture, batch, spans)
+            self._begin(batch, spans)
             waiting = Waiting(iter([(batch, torch.arange(len(batch)))]), len(batch))
             found = search(self._predictor(own, spans), waiting)
             longest = max(map(len, found.values()))
             return torch.stack([
                 torch.cat([row, row.new_full((longest - len(row),), own.pad_id)]) for _, row in sorted(found.items())
             ])  # fmt: skip
+        return self._generate(batch, spans)
+
+    def _generate(self, batch: Batch, spans: Spans) -> Tensor:
+        """The same by Hugging Face's `generate`."""
         decoding = self.decoding
         with mixing(self.model, self.mixture, batch, spans):
             return self.model.generate(
                 batch, num_beams=decoding.beams, max_new_tokens=decoding.max_new_tokens, **decoding.options
             )
+
+    def _begin(self, batch: Batch, spans: Spans) -> None:
+        """Prepare the mixture for a batch."""
+        _begin(self.mixture, batch, spans)
 
     def _options(self) -> SearchOptions | None:
         """What the own search goes by; None: only `generate` can do what is asked for."""

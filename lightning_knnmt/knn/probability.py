@@ -5,6 +5,8 @@ Distances are those of `Neighbors`: smaller is nearer, +inf where a neighbor is 
 """
 
 import math
+from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -153,3 +155,24 @@ def mix_logits(
         odds = math.log(lambda_) - math.log1p(-lambda_)
         retrieved = torch.logaddexp(before, log_normalizer + odds + log_probs)
     return logits.scatter_(1, values, retrieved)
+
+
+def mean_log_probs(logits: Sequence[Tensor], log_normalizers: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """log Σ_m w_m softmax(z_m): the mean of the distributions of an ensemble.
+
+    Args:
+        logits: z_m of each model, shape (R, V).
+        log_normalizers: lse(z_m) of each, shape (R, 1).
+        weights: w_m of each, more than 0; scaled to add up to 1.
+
+    Returns:
+        Shape (R, V), float32.
+
+    >>> one, two = torch.tensor([[0.2, 0.8]]).log(), torch.tensor([[0.6, 0.4]]).log()
+    >>> mean_log_probs([one, two], [torch.zeros(1, 1)] * 2, [1.0, 3.0]).exp()
+    tensor([[0.5000, 0.5000]])
+    """
+    shares = [weight / sum(weights) for weight in weights]
+    terms = zip(logits, log_normalizers, shares, strict=True)
+    log_probs = [each.float() + (math.log(share) - normalizer) for each, normalizer, share in terms]
+    return reduce(torch.logaddexp, log_probs)
