@@ -17,6 +17,7 @@ from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.datastore import Provenance
 from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.decoding.ensemble import EnsembleTranslator, check_same_tokens
 from lightning_knnmt.decoding.together import SharedTranslator
 from lightning_knnmt.evaluation.comet import CometScorer, CometUnavailableError
 from lightning_knnmt.evaluation.comparison import Contender, SystemResult, run_systems
@@ -44,7 +45,7 @@ from lightning_knnmt.knn.pair_memory import PairMemory
 from lightning_knnmt.knn.pooled import PooledMemory
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
-from lightning_knnmt.loading import check_memory, check_pooled
+from lightning_knnmt.loading import EnsembleMember, check_ensemble, check_memory, check_pooled
 from lightning_knnmt.memory import DatastoreMemory, open_memory, open_pooled
 from lightning_knnmt.metric import Metric
 from lightning_knnmt.storage.files import file_sha256, write_json, write_text
@@ -95,6 +96,7 @@ def evaluate(
     online: bool = False,
     checksums: bool | None = None,
     pooled_with: list[Path] | None = None,
+    ensemble_with: list[EnsembleMember] | None = None,
     processes: Processes = Processes(),
 ) -> None:
     """Translate a test split with the plain model and with kNN, and report quality and speed of both.
@@ -126,6 +128,8 @@ def evaluate(
         checksums: Compare the datastore's bytes with their checksums first; null: those of files up to 256 MB in all.
         pooled_with: Folders of further datastores of the model, searched together with the first by indexes of the same
             name.
+        ensemble_with: Further models, each with `backbone`, `datastore` and a `weight`, for an ensemble with the first:
+            they are reported as model_2, knn_model_2 and so on, and all together as ensemble and knn_ensemble.
         processes: Processes that share the sentences and search together, each with its part of an index that was
             built with `layout: shards`.
     """
@@ -136,7 +140,9 @@ def evaluate(
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
     check_memory(datastore, translation_memory, retriever)
     check_pooled(pooled_with, datastore, processes.devices * processes.num_nodes > 1)
-    _check_systems(datastore, translation_memory, others, online, processes)
+    check_ensemble(ensemble_with, processes.devices * processes.num_nodes > 1)
+    members = {f"model_{number}": member for number, member in enumerate(ensemble_with or [], 2)}
+    _check_systems(datastore, translation_memory, others, members, online, processes)
     stored_pairs = None if translation_memory is None else list(read_pairs(translation_memory))
     pairs = list(read_pairs(test))
     validation = [] if tuning is None else list(read_pairs(tuning.validation))
@@ -146,8 +152,11 @@ def evaluate(
         f"knn_{name}": (replace(backbone, model=other.model), other.datastore, other.index)
         for name, other in (others or {}).items()
     }
+    contenders |= {f"knn_{name}": (each.backbone, each.datastore, each.index) for name, each in members.items()}
     with ExitStack() as stack:
         models = {name: config.load() for name, (config, *_) in contenders.items()}
+        if members:
+            check_same_tokens([models[name] for name in ("knn", *map("knn_{}".format, members))])
         ranks = stack.enter_context(processes.start(models["knn"]))
         systems: dict[str, System] = {}
         for name, (_, folder, index_name) in contenders.items():
@@ -159,7 +168,9 @@ def evaluate(
                     open_memory(folder, index_name, mmap, index_device, ranks, checksums=checksums)
                 )
             memory.check(models[name])
-            systems[name] = System(models[name].to(models["knn"].device), memory, index_name, chosen)
+            member = members.get(name.removeprefix("knn_"))
+            mixture = chosen if member is None else member.chosen
+            systems[name] = System(models[name].to(models["knn"].device), memory, index_name, mixture)
         if isinstance(first_memory := systems["knn"].memory, DatastoreMemory):
             pooled = open_pooled(first_memory, pooled_with or [], index, mmap, index_device, checksums)
             if isinstance(pooled, PooledMemory):
@@ -168,10 +179,13 @@ def evaluate(
         stored = count_stored(systems["knn"].searched, {"test": pairs, "validation": validation})
         if tuning is not None:
             for name, system in systems.items():
-                tuned = tune(system.model, system.searched, chosen, validation, tuning.grid, decoding)
+                tuned = tune(system.model, system.searched, system.mixture, validation, tuning.grid, decoding)
                 systems[name] = replace(system, mixture=tuned.best, tuning=tuned)
         log.info("chosen: %s", "; ".join(f"{name} {system.mixture}" for name, system in systems.items()))
-        results = run_systems(_translators(systems, decoding, ranks, pairs if online else []), pairs, repeats, seed)
+        translators = _translators(systems, decoding, ranks, pairs if online else [])
+        if members:
+            translators |= _ensembles(translators, members)
+        results = run_systems(translators, pairs, repeats, seed)
         if ranks.rank > 0:
             return
         peak_memory = peak_memory_mb()
@@ -202,6 +216,9 @@ def evaluate(
                 "model": asdict(Provenance.of(first.model)) | {"dtype": first.model.dtype},
                 "datastore": _datastore_json(first),
                 "pooled_with": pooled_with,
+                "ensemble_with": {
+                    f"knn_{name}": _member_config(member, systems[f"knn_{name}"]) for name, member in members.items()
+                },
                 "translation_memory": None
                 if translation_memory is None
                 else _split_json(translation_memory, stored_pairs or []),
@@ -222,8 +239,9 @@ def evaluate(
         write_text(out / "results.md", text)
         searched = translation_memory if datastore is None else datastore
         config = translate_config(
-            backbone, searched, index, first.mixture, decoding, first.memory.metric, pooled_with or []
-        )
+            backbone, searched, index, first.mixture, decoding, first.memory.metric, pooled_with or [],
+            list(content["settings"]["ensemble_with"].values()),
+        )  # fmt: skip
         write_text(out / "translate.yaml", config + "\n")
         lists = {
             f"{name}: {details[name]['index']['factory']}": sizes
@@ -240,6 +258,7 @@ def _check_systems(
     datastore: Path | None,
     translation_memory: CorpusFile | None,
     others: dict[str, Contender] | None,
+    members: dict[str, EnsembleMember],
     online: bool,
     processes: Processes,
 ) -> None:
@@ -248,6 +267,12 @@ def _check_systems(
         raise ValueError("datastore is missing, expected the folder of one, or a translation_memory")
     if datastore is None and others:
         raise ValueError(f"others is {', '.join(others)} with datastores, expected none beside a translation_memory")
+    if datastore is None and members:
+        raise ValueError("ensemble_with is given with datastores, expected none beside a translation_memory")
+    if taken := {*members, "ensemble"} & set(others or {}) if members else None:
+        raise ValueError(
+            f"others has {', '.join(sorted(taken))}, as members of ensemble_with are called; expected others"
+        )
     if online and translation_memory is None:
         raise ValueError("online is true, expected a translation_memory, to which a pair can be added at any time")
     if online and processes.devices * processes.num_nodes > 1:
@@ -268,6 +293,21 @@ def _translators(
             again = Translator(system.model, system.mixture.open(system.model, system.memory), decoding)
             translators[f"{name}_online"] = OnlineTranslator(again, system.memory, learned)
     return translators
+
+
+def _ensembles(
+    translators: dict[str, Translator | OnlineTranslator], members: dict[str, EnsembleMember]
+) -> dict[str, Translator | OnlineTranslator]:
+    """The ensemble of the plain models, and that of their mixtures."""
+    weights = [1.0, *(member.weight for member in members.values())]
+    found: dict[str, Translator | OnlineTranslator] = {}
+    for ensemble, names in (
+        ("ensemble", ["base", *members]),
+        ("knn_ensemble", ["knn", *map("knn_{}".format, members)]),
+    ):
+        each = [translator for name in names if isinstance(translator := translators[name], Translator)]
+        found[ensemble] = EnsembleTranslator(each, weights)
+    return found
 
 
 def _system_details(system: System) -> dict[str, Any]:
@@ -348,6 +388,7 @@ def translate_config(
     decoding: Decoding,
     metric: Metric = "l2",
     pooled_with: Sequence[Path] = (),
+    ensemble_with: Sequence[dict[str, Any]] = (),
 ) -> str:
     """A configuration with which `translate.py` uses the same settings; the device is chosen anew."""
     memory: dict[str, Any] = {"datastore": str(searched), "index": index, "metric": metric}
@@ -356,13 +397,31 @@ def translate_config(
         memory = {"translation_memory": corpus}
     if pooled_with:
         memory["pooled_with"] = [str(folder) for folder in pooled_with]
+    if ensemble_with:
+        memory["ensemble_with"] = list(ensemble_with)
     config = {
-        "backbone": {name: value for name, value in asdict(backbone).items() if name != "device"},
+        "backbone": _portable(backbone),
         **memory,
         **mixture.configuration,
         "decoding": asdict(decoding),
     }
     return yaml.safe_dump(config, sort_keys=False).strip()
+
+
+def _member_config(member: EnsembleMember, system: System) -> dict[str, Any]:
+    """A member of an ensemble as `translate.py` takes it, with its tuned settings."""
+    return {
+        "backbone": _portable(member.backbone),
+        "datastore": str(member.datastore),
+        "index": member.index,
+        "metric": system.memory.metric,
+        **system.mixture.configuration,
+        "weight": member.weight,
+    }
+
+
+def _portable(backbone: BackboneConfig) -> dict[str, Any]:
+    return {name: value for name, value in asdict(backbone).items() if name != "device"}
 
 
 if __name__ == "__main__":

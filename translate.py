@@ -14,15 +14,13 @@ from lightning_knnmt.data.readers import CorpusFile
 from lightning_knnmt.data.readers.corpus import format_of_suffix
 from lightning_knnmt.data.readers.opening import open_bytes
 from lightning_knnmt.decoding import Decoding, Translator
-from lightning_knnmt.evaluation.explanation import explain as explain_translation
-from lightning_knnmt.evaluation.explanation import explanation_lines
+from lightning_knnmt.evaluation.explanation import explain_translator, explanation_lines
 from lightning_knnmt.index.config import Device
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
-from lightning_knnmt.knn.mixture import Mixture
 from lightning_knnmt.knn.retrievers.retriever import Retriever
 from lightning_knnmt.knn.settings import KnnSettings
-from lightning_knnmt.loading import open_translator
+from lightning_knnmt.loading import EnsembleMember, open_translator
 from lightning_knnmt.metric import Metric
 from lightning_knnmt.storage.files import PartialFile, durable_file
 from lightning_knnmt.storage.ranks import Processes, started_processes
@@ -48,6 +46,7 @@ def translate(
     metric: Metric | None = None,
     checksums: bool | None = None,
     pooled_with: list[Path] | None = None,
+    ensemble_with: list[EnsembleMember] | None = None,
     processes: Processes = Processes(),
 ) -> None:
     """Translate UTF-8 text, one sentence a line, with the neighbors of a datastore or with the plain model.
@@ -75,12 +74,14 @@ def translate(
         checksums: Compare the datastore's bytes with their checksums first; null: those of files up to 256 MB in all.
         pooled_with: Folders of further datastores of the same model, searched together with the first by indexes of the
             same name.
+        ensemble_with: Further models, each with a `backbone`, a `datastore`, options for neighbors as above, and a
+            `weight`: their probabilities are averaged with the first model's, whose weight is 1, at every step.
         processes: Processes that share the sentences and search together, each with its part of an index that was
             built with `layout: shards`; the first reads and writes.
     """
     check_at_least(1, block=block)
     check_at_least(0, explain=explain)
-    if explain and datastore is None and translation_memory is None:
+    if explain and datastore is None and translation_memory is None and not ensemble_with:
         raise ValueError(f"explain is {explain}, which shows stored contexts, but no datastore is given; give one too")
     several = processes.devices * processes.num_nodes > 1 or started_processes()[1] > 1
     if explain and several:
@@ -101,7 +102,7 @@ def translate(
         start = (lambda model: stack.enter_context(processes.start(model))) if several else None
         translator = open_translator(
             backbone, datastore, index, knn, retriever, combiner, gate, decoding, index_device, mmap,
-            translation_memory, metric, checksums, pooled_with, start,
+            translation_memory, metric, checksums, pooled_with, ensemble_with, start,
         )  # fmt: skip
         source: BinaryIO = sys.stdin.buffer if input == "-" else stack.enter_context(open_bytes(Path(input), True))
         out: Any = sys.stdout.buffer
@@ -155,10 +156,9 @@ def _translated(rows: list[str], translator: Translator) -> Iterator[str]:
 
 def _explained(rows: list[str], translator: Translator, shown: int) -> Iterator[str]:
     """Each translation with the contexts behind its tokens, indented; an empty row stays an empty line."""
-    assert isinstance(translator.mixture, Mixture)
     for row in rows:
         if row.strip():
-            found = explain_translation(translator.mixture, row, translator.decoding, shown)
+            found = explain_translator(translator, row, shown)
             yield _one_line(found.text)
             yield from map(_one_line, explanation_lines(found))
         else:

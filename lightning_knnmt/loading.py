@@ -1,14 +1,17 @@
 """A translator from a configuration, such as the translate.yaml that evaluate.py writes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
 from lightning_knnmt.backbone.config import BackboneConfig
 from lightning_knnmt.backbone.keyed_model import KeyedModel
+from lightning_knnmt.checks import check_number
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.decoding.ensemble import EnsembleTranslator
 from lightning_knnmt.decoding.together import SharedTranslator
 from lightning_knnmt.index.config import Device
 from lightning_knnmt.knn.combiners.combiner import Combiner
@@ -21,6 +24,41 @@ from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.memory import DatastoreMemory, open_memory, open_pooled
 from lightning_knnmt.metric import Metric
 from lightning_knnmt.storage.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class EnsembleMember:
+    """A further model of an ensemble, with a datastore of its own.
+
+    Attributes:
+        backbone: The model, with the tokenizer of the first, and how it is loaded.
+        datastore: Folder of a datastore built from it.
+        index: Name of the datastore's index.
+        knn: The usual search and mixture, where no class is chosen below.
+        retriever: Where neighbors come from.
+        combiner: How they are mixed in.
+        gate: Which rows search.
+        metric: That of the index, by which the settings were chosen; another is refused. None: any.
+        weight: Of its probabilities, where those of the first model have 1; scaled to add up to 1.
+    """
+
+    backbone: BackboneConfig
+    datastore: Path
+    index: str = "index"
+    knn: KnnSettings = KnnSettings()
+    retriever: Retriever | None = None
+    combiner: Combiner | None = None
+    gate: Gate | None = None
+    metric: Metric | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number(above_zero=True, weight=self.weight)
+
+    @property
+    def chosen(self) -> MixtureConfig:
+        """Retriever, combiner and gate."""
+        return MixtureConfig.of(self.knn, self.retriever, self.combiner, self.gate)
 
 
 def open_translator(
@@ -38,6 +76,7 @@ def open_translator(
     metric: Metric | None = None,
     checksums: bool | None = None,
     pooled_with: list[Path] | None = None,
+    ensemble_with: list[EnsembleMember] | None = None,
     start: Callable[[KeyedModel], Ranks] | None = None,
 ) -> SharedTranslator:
     """Load a model, open its datastore, and put them together; the datastore stays open as long as the translator is.
@@ -57,11 +96,13 @@ def open_translator(
         metric: That of the index, by which the settings were chosen; another is refused. None: any.
         checksums: Compare every byte of the datastore with its checksum first, as in `Datastore`.
         pooled_with: Folders of further datastores of the same model, searched together with the first.
+        ensemble_with: Further models with datastores of their own, whose probabilities are averaged with these.
         start: Starts the processes that share the sentences and the index; None: this one alone.
     """
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
     check_memory(datastore, translation_memory, retriever)
     check_pooled(pooled_with, datastore, several=start is not None)
+    check_ensemble(ensemble_with, several=start is not None)
     pairs = None if translation_memory is None else list(read_pairs(translation_memory))
     memory: DatastoreMemory | None = None
     if datastore is not None and start is None:
@@ -75,7 +116,15 @@ def open_translator(
     if memory is not None:
         searched = open_pooled(memory, pooled_with or [], index, mmap, index_device, checksums)
     mixture = PlainModel() if searched is None else chosen.open(model, searched)
-    return SharedTranslator(model, mixture, decoding, ranks, memory)
+    first = SharedTranslator(model, mixture, decoding, ranks, memory)
+    if not ensemble_with:
+        return first
+    members = [first]
+    for each in ensemble_with:
+        own = open_memory(each.datastore, each.index, mmap, index_device, metric=each.metric, checksums=checksums)
+        other = each.backbone.load().to(model.device)
+        members.append(SharedTranslator(other, each.chosen.open(other, own), decoding, ranks, own))
+    return EnsembleTranslator(members, [1.0, *(each.weight for each in ensemble_with)])
 
 
 def check_memory(datastore: Path | None, translation_memory: CorpusFile | None, retriever: Retriever | None) -> None:
@@ -107,6 +156,16 @@ def check_pooled(pooled_with: list[Path] | None, datastore: Path | None, several
         raise ValueError("pooled_with is given without a datastore, expected the first of them in datastore")
     if pooled_with and several:
         raise ValueError("pooled_with is given, which one process searches alone, but processes is more than one")
+
+
+def check_ensemble(ensemble_with: Sequence[EnsembleMember] | None, several: bool) -> None:
+    """Refuse an ensemble with several processes.
+
+    Raises:
+        ValueError: It is given so.
+    """
+    if ensemble_with and several:
+        raise ValueError("ensemble_with is given, which one process decodes alone, but processes is more than one")
 
 
 def load_translator(path: Path | str) -> Translator:

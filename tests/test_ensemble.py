@@ -2,22 +2,29 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
+import yaml
+from script_runs import DECODING, Domain, expect_error, run, write_config
 from test_knn import softmax
 from tiny_models import ENGLISH, GERMAN, TINY_FAMILIES
 
+import build_index
+import evaluate
+import translate
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.memory import build_memory
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.decoding.ensemble import EnsembleTranslator
+from lightning_knnmt.evaluation.explanation import explain, explain_translator
 from lightning_knnmt.knn.gates import ConfidenceGate
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
 from lightning_knnmt.knn.settings import KnnSettings
+from lightning_knnmt.loading import load_translator
 from lightning_knnmt.timing import Spans
 
 FAMILIES = ["marian", "mbart50", "firefox"]
@@ -147,6 +154,24 @@ def test_rows_that_a_gate_keeps_from_searching_keep_their_models_prediction(mode
     assert sequences(EnsembleTranslator(members)) == sequences(EnsembleTranslator(translators(models, None, 2)))
 
 
+def test_explanations_give_the_means_and_say_which_store(models: list[KeyedModel]) -> None:
+    members, weights = translators(models[:2], beams=2), [1.0, 3.0]
+    for source in GERMAN[:2]:
+        found = explain_translator(EnsembleTranslator(members, weights), source, KNN.k)
+        assert found.text == EnsembleTranslator(members, weights).translate([source]).texts[0]
+        tokens = models[0].tokenizer.convert_tokens_to_ids([token.token for token in found.tokens])
+        expected = np.exp(plain_loop(members, weights, source, tokens))
+        for place, token in enumerate(found.tokens):
+            np.testing.assert_allclose(token.probability, expected[place, tokens[place]], rtol=1e-3, atol=1e-6)
+            assert sum(neighbor.share for neighbor in token.neighbors) == pytest.approx(1.0, abs=1e-4)
+            assert {neighbor.context.store for neighbor in token.neighbors} == {models[0].name}
+    alone = cast(Mixture, members[0].mixture)
+    same = explain_translator(EnsembleTranslator(members[:1]), GERMAN[0])
+    assert [token.probability for token in same.tokens] == [
+        token.probability for token in explain(alone, GERMAN[0], members[0].decoding).tokens
+    ]
+
+
 # ---- what is refused
 
 
@@ -176,3 +201,65 @@ def test_what_an_ensemble_cannot_do_is_refused(backbone: KeyedModel, monkeypatch
     monkeypatch.setattr(type(backbone), "search_rules", KeyedModel.search_rules)
     with pytest.raises(ValueError, match="is decoded by generate alone, expected translation models"):
         EnsembleTranslator(members)
+
+
+# ---- scripts
+
+
+def test_scripts_take_an_ensemble_and_tune_each_member(
+    domain: Domain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    second = tmp_path / "second"
+    changed(domain.model, "marian_scratch", 5).save(second)
+    build = {
+        "backbone": {"model": second, "device": "cpu"},
+        "datastore": {"folder": tmp_path / "store", "corpus": {"path": domain.root / "data" / "train.jsonl"}},
+        "index": {"factory": "Flat"},
+    }
+    run(build_index.build, "--config", write_config(tmp_path / "build.yaml", build))
+    member = {
+        "backbone": {"model": second, "device": "cpu"},
+        "datastore": tmp_path / "store",
+        "retriever": {"class_path": "lightning_knnmt.knn.retrievers.whole_store.WholeStore", "init_args": {"k": 2}},
+        "weight": 0.5,
+    }
+    common = {
+        "backbone": {"model": domain.model, "device": "cpu"},
+        "datastore": domain.root / "store",
+        "decoding": DECODING,
+        "ensemble_with": [member],
+    }
+    evaluation = {
+        **common,
+        "test": {"path": domain.root / "data" / "test.jsonl"},
+        "tuning": {
+            "validation": {"path": domain.root / "data" / "validation.jsonl"},
+            "grid": {"k": [3], "lambda_": [0.5], "nprobe": [4], "temperature": [8.0], "finalists": 1},
+        },
+        "repeats": 1, "out": tmp_path / "out",
+    }  # fmt: skip
+    run(evaluate.evaluate, "--config", write_config(tmp_path / "evaluate.yaml", evaluation))
+    table = (tmp_path / "out" / "results.md").read_text(encoding="utf-8")
+    systems = ("base", "knn", "model_2", "knn_model_2", "ensemble", "knn_ensemble")
+    assert [name for name in systems if f"| {name} " in table] == list(systems)
+    written = yaml.safe_load((tmp_path / "out" / "translate.yaml").read_text(encoding="utf-8"))
+    (tuned,) = written["ensemble_with"]
+    assert tuned["weight"] == 0.5 and tuned["knn"]["k"] == 3
+    translator = load_translator(tmp_path / "out" / "translate.yaml")
+    assert isinstance(translator, EnsembleTranslator) and translator.weights == (1.0, 0.5)
+    (tmp_path / "in.txt").write_text("\n".join(domain.sources("test")) + "\n", encoding="utf-8")
+    files = ("--input", tmp_path / "in.txt", "--output", tmp_path / "out.txt")
+    run(translate.translate, "--config", tmp_path / "out" / "translate.yaml", *files, "--explain", "1")
+    explained = (tmp_path / "out.txt").read_text(encoding="utf-8")
+    assert f"({domain.root / 'store'})" in explained and f"({tmp_path / 'store'})" in explained
+    assert translator.translate(domain.sources("test")).texts == [
+        line for line in explained.splitlines() if line and not line.startswith(" ")
+    ]
+    config = write_config(tmp_path / "two.yaml", common)
+    expect_error(
+        capsys, translate.translate, "--config", config, "--processes.devices", "2", *files, "--overwrite", "true",
+        expected="ensemble_with is given, which one process decodes alone",
+    )  # fmt: skip
+    other = write_config(tmp_path / "other.yaml", {**evaluation, "others": {"model_2": {"model": second, "datastore":
+                         tmp_path / "store"}}, "overwrite": True})  # fmt: skip
+    expect_error(capsys, evaluate.evaluate, "--config", other, expected="others has model_2, as members of")
