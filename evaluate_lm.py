@@ -1,7 +1,8 @@
 """Compare a language model with kNN-LM: ``python evaluate_lm.py --config configs/lm/smollm2.yaml``."""
 
 import logging
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from lightning_knnmt.index.config import Device
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
+from lightning_knnmt.knn.retrievers.automaton import Automaton
 from lightning_knnmt.knn.retrievers.retriever import Retriever
+from lightning_knnmt.knn.retrievers.whole_store import WholeStore
 from lightning_knnmt.knn.settings import KnnSettings, MixtureConfig
 from lightning_knnmt.memory import open_memory
 from lightning_knnmt.storage.files import file_sha256, write_json, write_text
@@ -43,6 +46,7 @@ def evaluate_lm(
     combiner: Combiner | None = None,
     gate: Gate | None = None,
     tuning: Tune | None = None,
+    min_pointers: list[int] | None = None,
     decoding: Decoding = Decoding(beams=1),
     max_tokens: int = 1024,
     index_device: Device = "cpu",
@@ -62,6 +66,8 @@ def evaluate_lm(
         combiner: How they are mixed in, by class_path and init_args.
         gate: Which rows search, by class_path and init_args.
         tuning: Windows of other documents on which the options are chosen by likelihood; none: they stay as given.
+        min_pointers: Compare with RetoMaton (arXiv 2201.12431), which follows pointers of the last neighbors where so
+            many are left, and searches elsewhere: each number is a system pointers_NUMBER with the options of knn.
         decoding: How translate.yaml continues texts.
         max_tokens: Most tokens of a teacher-forced batch.
         index_device: Where the index is searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there if FAISS can.
@@ -69,6 +75,7 @@ def evaluate_lm(
         checksums: Compare the datastore's bytes with their checksums first; null: those of files up to 256 MB in all.
     """
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
+    check_automata(chosen, min_pointers or [])
     splits = {"test": test} if tuning is None else {"test": test, "validation": tuning.validation}
     pairs = {name: list(read_pairs(corpus)) for name, corpus in splits.items()}
     with open_memory(datastore, index, mmap, index_device, checksums=checksums) as memory:
@@ -82,6 +89,9 @@ def evaluate_lm(
             tuned = tune_likelihood(model, memory, chosen, pairs["validation"], tuning.grid)
             chosen = tuned.best.mixture
         systems: dict[str, Mixture | PlainModel] = {"base": PlainModel(), "knn": chosen.open(model, memory)}
+        systems |= {
+            f"pointers_{n}": each.open(model, memory) for n, each in automata(chosen, min_pointers or []).items()
+        }
         results = perplexities(model, systems, pairs["test"], max_tokens)
         report, build = memory.report, read_build(datastore)
         imbalance_factor = None if report is None else report.imbalance_factor
@@ -118,6 +128,26 @@ def evaluate_lm(
     config = translate_config(backbone, datastore, index, chosen, decoding, metric)
     write_text(out / "translate.yaml", config + "\n")
     log.info("\n%s\n\n%s\n\nwritten to %s", table, line, out / "results.json")
+
+
+def automata(mixture: MixtureConfig, min_pointers: Sequence[int]) -> dict[int, MixtureConfig]:
+    """The same mixture with pointers followed, by the number of pointers that are enough."""
+    options = mixture.retriever.options
+    return {least: replace(mixture, retriever=Automaton(**options | {"min_pointers": least})) for least in min_pointers}
+
+
+def check_automata(mixture: MixtureConfig, min_pointers: Sequence[int]) -> None:
+    """Refuse pointers of other neighbors than those of the whole store, before anything is loaded.
+
+    Raises:
+        ValueError: Another retriever is chosen, or a number is too small.
+    """
+    if min_pointers and not isinstance(mixture.retriever, WholeStore):
+        raise ValueError(
+            f"min_pointers is {list(min_pointers)} with the retriever {type(mixture.retriever).__name__}, expected "
+            "WholeStore, whose neighbors point to the next ones"
+        )
+    automata(mixture, min_pointers)
 
 
 if __name__ == "__main__":

@@ -177,6 +177,12 @@ class DatastoreMemory:
             return entries
         return entries[torch.from_numpy(~self.datastore.removed.covers(entries.numpy()))]
 
+    def following(self, ids: Tensor) -> Tensor:
+        """The entry of the next token of the same text, shape and device as of the entries; −1 where there is none."""
+        entries = ids.cpu()
+        goes_on = (entries >= 0) & self._goes_on[entries.clamp(min=0)]
+        return torch.where(goes_on, entries + 1, -1).to(ids.device)
+
     def weights_of(self, ids: Tensor) -> Tensor | None:
         """How many entries some entries stand for, where entries were merged, on their device; None: one each."""
         return None if self._weights is None else self._weights[ids.cpu().clamp(min=0)].to(ids.device)
@@ -203,6 +209,17 @@ class DatastoreMemory:
         starts, stops = zip(*shards, strict=True) if shards else ((), ())
         nothing = np.empty(0, np.int64)
         return np.concatenate([nothing, *starts]), np.concatenate([nothing, *stops])
+
+    @cached_property
+    def _goes_on(self) -> Tensor:
+        """Whether the entry after each is the next token of the same text, shape (N,)."""
+        found = np.zeros(len(self), bool)
+        for shard in self.datastore.shards:
+            positions = shard.positions  # where entries were dropped, they have gaps
+            own = found[shard.first : shard.first + len(positions)]
+            own[:-1] = positions[1:] == positions[:-1] + 1
+            own[shard.starts[1:] - 1] = False
+        return torch.from_numpy(found)
 
     @cached_property
     def _values(self) -> Tensor:

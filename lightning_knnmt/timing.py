@@ -27,8 +27,8 @@ class Spans:
             self.counts[name] += count
 
     def share_of_rows(self, name: str) -> float:
-        """Rows that a part was done for, of all rows that a gate saw or, without one, that had it done; 0 if none."""
-        rows = self.counts.get("gate", 0) or self.counts.get(name, 0)
+        """Rows that a part was done for, of all rows that a gate saw or, without one, that had neighbors; 0 if none."""
+        rows = self.counts.get("gate", 0) or self.counts.get(name, 0) + self.counts.get("followed", 0)
         return self.counts.get(name, 0) / rows if rows else 0.0
 
 

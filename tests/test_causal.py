@@ -116,7 +116,7 @@ def test_a_key_is_the_state_that_decoding_has(keyed: CausalModel):
     """What is stored of a text is what a prompt of its beginning asks with, in a batch that is padded on the left."""
     heard: list[torch.Tensor] = []
 
-    def mix(queries: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    def mix(queries: torch.Tensor, logits: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
         heard.append(queries)
         return logits
 

@@ -159,10 +159,10 @@ def test_a_document_in_two_splits_is_refused():
 
 
 def test_the_table_names_perplexity_speed_and_imbalance():
-    systems = {"base": Perplexity(-math.log(17), 100, 150.0), "knn": Perplexity(-math.log(12), 100, 120.0, 0.05)}
+    systems = {"base": Perplexity(-math.log(17), 100, 150.0), "knn": Perplexity(-math.log(12), 100, 120.0, 0.05, 0.4)}
     assert perplexity_table(systems, 1.25).splitlines()[2:] == [
-        "| base   | 17.00      | -2.833         | 150      |                |           |",
-        "| knn    | 12.00      | -2.485         | 120      | 5.0%           | 1.25      |",
+        "| base   | 17.00      | -2.833         | 150      |                |                    |           |",
+        "| knn    | 12.00      | -2.485         | 120      | 5.0%           | 0.40               | 1.25      |",
     ]
 
 

@@ -178,12 +178,12 @@ class KeyedModel(nn.Module, ABC):
         return True
 
     @abstractmethod
-    def mixing(self, mix: Callable[[Tensor, Tensor], Tensor]) -> AbstractContextManager[None]:
+    def mixing(self, mix: Callable[[Tensor, Tensor, Tensor], Tensor]) -> AbstractContextManager[None]:
         """Let a function change the logits of every forward pass within the block.
 
         Args:
-            mix: Takes queries (R, D) and logits (R, V) of the last position, which it may overwrite, and gives logits
-                (R, V).
+            mix: Takes queries (R, D) and logits (R, V) of the last position, which it may overwrite, and the tokens
+                that the pass reads, shape (R, T), at least the latest; gives logits (R, V).
         """
 
     @abstractmethod

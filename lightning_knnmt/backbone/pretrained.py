@@ -147,23 +147,27 @@ class PretrainedModel(KeyedModel):
         return self.family.outputs(self.model, states)
 
     @contextmanager
-    def mixing(self, mix: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    def mixing(self, mix: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Iterator[None]:
         """Let a function change the logits that the model returns, in every forward pass within the block.
 
         Beam search, sampling, forced tokens and every other option of `generate` act on what it gives.
 
         Args:
-            mix: Takes queries (R, D) and logits (R, V) of the last position, which it may overwrite, and gives logits
-                (R, V): `generate` copies the logits before it uses them, and nobody else holds them.
+            mix: Takes queries (R, D) and logits (R, V) of the last position, which it may overwrite, and the tokens
+                that the pass reads, shape (R, T), and gives logits (R, V): `generate` copies the logits before it uses
+                them, and nobody else holds them.
         """
         with self.tap() as tap:
 
-            def change(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-                mixed = mix(tap.latest[:, -1], output.logits[:, -1])  # [R, T, D] -> [R, D]; T > 1 without a cache
+            def change(_: nn.Module, __: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
+                tokens = options["decoder_input_ids" if "decoder_input_ids" in options else "input_ids"]
+                mixed = mix(
+                    tap.latest[:, -1], output.logits[:, -1], tokens
+                )  # [R, T, D] -> [R, D]; T > 1 without a cache
                 output.logits = mixed.unsqueeze(1)  # [R, V] -> [R, 1, V]
                 return output
 
-            handle = self.model.register_forward_hook(change)
+            handle = self.model.register_forward_hook(change, with_kwargs=True)
             try:
                 yield
             finally:

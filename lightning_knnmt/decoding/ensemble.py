@@ -1,7 +1,6 @@
 """Several models, each with a memory of its own: their probabilities are averaged at every step (arXiv 2310.12352)."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -70,22 +69,23 @@ class EnsembleTranslator(SharedTranslator):
         self._begin(batch, spans)
         decoding = self.decoding
         options = {**decoding.options, "use_cache": False}  # so that the model sees all of it, and so do the others
-        with torch.inference_mode(), produced_tokens(self.model) as produced:
 
-            def mix(queries: Tensor, logits: Tensor) -> Tensor:
-                sentence = sentences_of_rows(len(queries), len(batch), queries.device)
-                tokens, first = produced[-1], Step(queries, logits, sentence)
-                steps = [
-                    first if each.model is self.model else _next_step(each.model, batch, sentence, tokens)
-                    for each in self.members
-                ]
-                mixed = [each.mixture.mixed(step, spans) for each, step in zip(self.members, steps, strict=True)]
-                return mean_step(mixed, self.weights).logits
+        def mix(queries: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
+            sentence = sentences_of_rows(len(queries), len(batch), queries.device)
+            first = Step(queries, logits, sentence)
+            steps = [
+                first if each.model is self.model else _next_step(each.model, batch, sentence, tokens)
+                for each in self.members
+            ]
+            position = torch.full_like(sentence, tokens.shape[1] - 1)
+            steps = [replace(step, previous=tokens[:, -1], position=position) for step in steps]
+            mixed = [each.mixture.mixed(step, spans) for each, step in zip(self.members, steps, strict=True)]
+            return mean_step(mixed, self.weights).logits
 
-            with self.model.mixing(mix):
-                return self.model.generate(
-                    batch, num_beams=decoding.beams, max_new_tokens=decoding.max_new_tokens, **options
-                )
+        with torch.inference_mode(), self.model.mixing(mix):
+            return self.model.generate(
+                batch, num_beams=decoding.beams, max_new_tokens=decoding.max_new_tokens, **options
+            )
 
 
 @dataclass(frozen=True)
@@ -158,23 +158,6 @@ def _told(model: KeyedModel) -> dict[str, Any]:
         "sentences": model.sentences or "none",
         **{option: getattr(model.config, option) for option in ("src_lang", "tgt_lang", "src_prefix")},
     }
-
-
-@contextmanager
-def produced_tokens(model: KeyedModel) -> Iterator[list[Tensor]]:
-    """The tokens that a model reads in its latest forward pass within the block, in a list, shape (R, T)."""
-    found: list[Tensor] = []
-
-    def listen(_: Any, __: tuple[Any, ...], options: dict[str, Any]) -> None:
-        found[:] = [options["decoder_input_ids"]]
-
-    rules = model.search_rules()
-    assert rules is not None, "check_same_tokens comes first"
-    handle = rules[0].register_forward_pre_hook(listen, with_kwargs=True)
-    try:
-        yield found
-    finally:
-        handle.remove()
 
 
 def _next_step(model: KeyedModel, batch: Batch, sentence: Tensor, tokens: Tensor) -> Step:

@@ -81,7 +81,7 @@ class Predictor:
         with self.spans.span("projection", rows):
             project = self.project if self.candidates is None else self.candidates.project
             logits = project(states.outputs).float()
-        step = Step(states.queries, logits, sequences.sentence, writable=True)
+        step = Step(states.queries, logits, sequences.sentence, True, previous=latest, position=sequences.position)
         return self.mixture.mixed(step, self.spans, self._widening(states))
 
     def _scored(self, step: Step, sequences: "Sequences") -> Best:

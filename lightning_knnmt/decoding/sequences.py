@@ -62,6 +62,11 @@ class Sequences(ABC):
         return self._tokens.gather(2, last).flatten()
 
     @property
+    def position(self) -> Tensor:
+        """Place of each row's next token in its sequence, the start not counted, shape (R,)."""
+        return (self._lengths - 1).repeat_interleave(self._options.beams)
+
+    @property
     def history(self) -> Tensor:
         """All tokens so far, shape (R, T), of sentences that have entered together."""
         return self._tokens.flatten(0, 1)[:, : int(self._lengths[0])]

@@ -120,6 +120,10 @@ class Translator:
                 f"max_new_tokens is {decoding.max_new_tokens}, but {model.name} has {limit} positions; "
                 f"expected at most {limit}"
             )
+        if mixture.follows and decoding.beams > 1:
+            raise ValueError(
+                f"beams is {decoding.beams}, but the retriever goes on from the row before in each text; expected 1"
+            )
         self.model, self.mixture, self.decoding = model, mixture, decoding
         self._project = Projection(model)
         self._likely = None if decoding.shortlist is None else open_shortlist(model, decoding.shortlist)
@@ -256,9 +260,13 @@ def mixing(
     """
     _begin(mixture, batch, spans)
 
-    def mix(queries: Tensor, logits: Tensor) -> Tensor:
+    steps = itertools.count()
+
+    def mix(queries: Tensor, logits: Tensor, tokens: Tensor) -> Tensor:
         sentence = sentences_of_rows(len(queries), len(batch), queries.device)
-        return mixture(Step(queries, logits, sentence, writable=True), spans)
+        position = torch.full_like(sentence, next(steps))
+        step = Step(queries, logits, sentence, writable=True, previous=tokens[:, -1], position=position)
+        return mixture(step, spans)
 
     return nullcontext() if mixture.changes_nothing else model.mixing(mix)
 

@@ -148,7 +148,13 @@ def _explain_tokens(
     keys, logits = model.keys_and_logits(replace(batch, labels=labels))
     tokens = labels[0]
     pieces = model.tokenizer.convert_ids_to_tokens(tokens.tolist())
-    step = Step(keys[0], logits[0], tokens.new_zeros(len(tokens)))
+    step = Step(
+        keys[0],
+        logits[0],
+        tokens.new_zeros(len(tokens)),
+        previous=tokens.roll(1),
+        position=torch.arange(len(tokens), device=tokens.device),
+    )
     plain = _probabilities(step.logits, tokens)
     if not isinstance(mixture, Mixture):
         return tuple(ExplainedToken(piece, p, p, ()) for piece, p in zip(pieces, plain, strict=True))

@@ -32,12 +32,14 @@ class Perplexity:
         tokens: Tokens that were predicted; those of contexts are not counted.
         tokens_per_second: Of these tokens, teacher-forced; the time of contexts is counted.
         search_share: Share of that time spent in the search for neighbors.
+        searches: Searches per token: less than 1 where a gate is closed, or a retriever follows pointers.
     """
 
     log_likelihood: float
     tokens: int
     tokens_per_second: float
     search_share: float = 0.0
+    searches: float = 0.0
 
     @property
     def perplexity(self) -> float:
@@ -141,7 +143,13 @@ def perplexities(
     found = {}
     for name, own in spans.items():
         seconds = forward.seconds["model"] + own.seconds["mixture"]
-        found[name] = Perplexity(sums[name] / tokens, tokens, tokens / seconds, own.seconds["search"] / seconds)
+        found[name] = Perplexity(
+            sums[name] / tokens,
+            tokens,
+            tokens / seconds,
+            own.seconds["search"] / seconds,
+            own.counts["search"] / tokens,
+        )
     return found
 
 
@@ -171,7 +179,7 @@ def check_documents_apart(splits: Mapping[str, Iterable[Pair]]) -> None:
 
 def perplexity_table(systems: Mapping[str, Perplexity], imbalance_factor: float | None) -> str:
     """A Markdown table of several systems; the imbalance factor is that of the index of all with neighbors."""
-    rows = [["system", "perplexity", "log-likelihood", "tokens/s", "time in search", "imbalance"]]
+    rows = [["system", "perplexity", "log-likelihood", "tokens/s", "time in search", "searches per token", "imbalance"]]
     for name, system in systems.items():
         searches = system.search_share > 0
         rows.append(
@@ -181,6 +189,7 @@ def perplexity_table(systems: Mapping[str, Perplexity], imbalance_factor: float 
                 f"{system.log_likelihood:.3f}",
                 f"{system.tokens_per_second:.0f}",
                 f"{system.search_share:.1%}" if searches else "",
+                f"{system.searches:.2f}" if searches else "",
                 f"{imbalance_factor:.2f}" if searches and imbalance_factor is not None else "",
             ]
         )

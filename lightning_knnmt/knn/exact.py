@@ -7,7 +7,7 @@ from functools import cached_property
 from torch import Tensor
 
 from lightning_knnmt.knn.neighbors import Neighbors, no_neighbors
-from lightning_knnmt.metric import Metric
+from lightning_knnmt.metric import Metric, seen_by
 
 EXTRA_CANDIDATES = 8  # candidates beyond K, among which rounding cannot hide one of the K nearest
 
@@ -36,6 +36,25 @@ def nearest_keys(queries: Tensor, keys: Tensor, norms: Tensor | None, k: int) ->
     exact = -(found * asked).sum(2) if norms is None else (found - asked).square().sum(2)
     exact, order = exact.sort(dim=1, stable=True)
     return exact[:, :k], numbers.gather(1, order)[:, :k]
+
+
+def distances_to(queries: Tensor, keys: Tensor, metric: Metric = "l2") -> Tensor:
+    """Distances (see `Neighbors`) of each row to K keys of its own.
+
+    Args:
+        queries: Shape (R, D).
+        keys: Shape (R, K, D).
+        metric: By what keys are near.
+
+    Returns:
+        Shape (R, K).
+
+    >>> import torch
+    >>> distances_to(torch.tensor([[1.0, 0.0]]), torch.tensor([[[1.0, 2.0], [1.0, 0.0]]]))
+    tensor([[4., 0.]])
+    """
+    keys, asked = seen_by(keys, metric), seen_by(queries.detach().float(), metric)[:, None]
+    return (keys - asked).square().sum(2) if metric == "l2" else -(keys * asked).sum(2)
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,11 @@ class RamMemory:
         starts, stops = self._starts[torch.from_numpy(sentences)], self._starts[torch.from_numpy(sentences) + 1]
         return consecutive(starts, stops)
 
+    def following(self, ids: Tensor) -> Tensor:
+        """The entry of the next token of the same text, shape and device as of the entries; −1 where there is none."""
+        last = torch.isin(ids + 1, self._starts.to(ids.device))
+        return torch.where((ids < 0) | last, -1, ids + 1)
+
     def weights_of(self, ids: Tensor) -> None:
         """Every entry stands for itself."""
 

@@ -66,6 +66,11 @@ class Mixture:
         """Whether `begin` prepares for a batch, so that all of its sentences are to be decoded together."""
         return type(self.retriever).begin is not Retriever.begin
 
+    @property
+    def follows(self) -> bool:
+        """Whether there is to be one row a text, as `Retriever` says."""
+        return self.retriever.follows
+
     def begin(self, batch: "Batch") -> None:
         """Prepare for B sentences."""
         self.retriever.begin(batch)
@@ -75,16 +80,23 @@ class Mixture:
 
         Args:
             step: R rows.
-            spans: Receives the time of `gate` and `search`, counted in rows.
+            spans: Receives the time of `gate` and `search`, counted in rows; rows of it that the retriever did without
+                a search are counted as `followed`.
         """
         if isinstance(self.gate, OpenGate):
-            with _span(spans, "search", len(step)):
-                return self.retriever(step)
+            return self._found(step, spans)
         with _span(spans, "gate", len(step)):
             searched = self.gate(step)
             asked = step.rows(searched)
-        with _span(spans, "search", len(asked)):
-            return self.retriever(asked).spread(searched)
+        return self._found(asked, spans).spread(searched)
+
+    def _found(self, step: Step, spans: "Spans | None") -> Neighbors:
+        with _span(spans, "search", len(step)):
+            found = self.retriever(step)
+        if spans is not None and self.retriever.followed:
+            spans.counts["search"] -= self.retriever.followed
+            spans.counts["followed"] += self.retriever.followed
+        return found
 
     def __call__(self, step: Step, spans: "Spans | None" = None) -> Tensor:
         """Logits of the mixture, shape (R, V).
@@ -116,6 +128,7 @@ class PlainModel:
 
     changes_nothing = True
     prepares = False
+    follows = False
 
     def begin(self, batch: "Batch") -> None:
         """Nothing to prepare."""

@@ -59,6 +59,7 @@ def reference_steps(
         if model.forced_id is not None:
             mask[:, 0] = False
         sentence, position = mask.nonzero().T  # [row -> sentence], [row -> position]
-        step = Step(keys[mask].float(), logits[mask].float(), sentence)
+        previous = batch.target_labels.roll(1, 1)[mask]
+        step = Step(keys[mask].float(), logits[mask].float(), sentence, previous=previous, position=position)
         pair = torch.tensor(numbers, device=sentence.device)[sentence]
         yield ReferenceStep(batch, step, batch.target_labels[mask], pair, position)

@@ -17,6 +17,8 @@ class Step:
         sentence: The sentence of each row, from 0 within the batch, shape (R,).  # [row -> sentence]
         writable: Whether the logits may be overwritten.
         normalizer: lse(z), shape (R, 1), where it is known already.
+        previous: The token before each row's, shape (R,), where it is known; at position 0 it means nothing.
+        position: Place of each row's token in its text, from 0, shape (R,), where it is known.
     """
 
     queries: Tensor
@@ -24,6 +26,8 @@ class Step:
     sentence: Tensor
     writable: bool = False
     normalizer: Tensor | None = None
+    previous: Tensor | None = None
+    position: Tensor | None = None
 
     @cached_property
     def log_normalizer(self) -> Tensor:
@@ -32,7 +36,11 @@ class Step:
 
     def rows(self, chosen: Tensor) -> "Step":
         """Some of the rows, chosen by a mask of shape (R,) or by their numbers."""
-        return Step(self.queries[chosen], self.logits[chosen], self.sentence[chosen])
+        return Step(
+            self.queries[chosen], self.logits[chosen], self.sentence[chosen],
+            previous=None if self.previous is None else self.previous[chosen],
+            position=None if self.position is None else self.position[chosen],
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.queries)

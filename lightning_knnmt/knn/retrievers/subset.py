@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_knnmt.checks import check_at_least, check_at_most
-from lightning_knnmt.knn.exact import Entries, nearest_entries, rows_by_sentence
+from lightning_knnmt.knn.exact import Entries, distances_to, nearest_entries, rows_by_sentence
 from lightning_knnmt.knn.memory import Memory
 from lightning_knnmt.knn.neighbors import Neighbors, no_neighbors
 from lightning_knnmt.knn.product_codes import CodedEntries, ProductCodes
@@ -129,9 +129,7 @@ class Subset(Retriever):
 
     def _rescored(self, found: Neighbors, queries: Tensor, metric: Metric) -> Neighbors:
         """The K nearest by stored keys, and their exact distances."""
-        keys = seen_by(self._memory.keys_of(found.ids), metric)  # [R, K', D]
-        asked = queries[:, None]
-        exact = (keys - asked).square().sum(2) if metric == "l2" else -(keys * asked).sum(2)
+        exact = distances_to(queries, self._memory.keys_of(found.ids), metric)  # [R, K']
         distances, order = exact.masked_fill(found.ids < 0, torch.inf).sort(dim=1, stable=True)
         values, ids = (part.gather(1, order) for part in (found.values, found.ids))
         return Neighbors(distances, values, ids).first(self.k)
