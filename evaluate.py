@@ -35,7 +35,7 @@ from lightning_knnmt.evaluation.report import (
 )
 from lightning_knnmt.evaluation.scores import paired_bootstrap
 from lightning_knnmt.evaluation.tuning import Tune, Tuning, check_apart, count_stored, tune
-from lightning_knnmt.index.config import Device
+from lightning_knnmt.index.config import SearchDevice
 from lightning_knnmt.index.opening import load_index
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
@@ -90,7 +90,7 @@ def evaluate(
     overwrite: bool = False,
     comet: str | None = None,
     examples: int = 3,
-    index_device: Device = "cpu",
+    index_device: SearchDevice = "cpu",
     mmap: bool = False,
     translation_memory: CorpusFile | None = None,
     online: bool = False,
@@ -120,7 +120,8 @@ def evaluate(
         overwrite: Replace the results that `out` holds; otherwise they are an error.
         comet: Hub name or checkpoint of a COMET model.
         examples: How many of the translations that kNN improves most are shown with their neighbors.
-        index_device: Where indexes are searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there where FAISS can.
+        index_device: Where indexes are searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there where FAISS can;
+            `torch_keys`: among all stored keys, by torch on the model's device; `torch_codes`: among all their codes.
         mmap: Leave the entries of indexes on the disk, for those that are larger than memory.
         translation_memory: Pairs as they stand, for a retriever that needs no stored keys; in place of a datastore.
         online: Compare with a third system, knn_online, which learns the reference of every sentence after translating

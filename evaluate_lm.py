@@ -20,7 +20,7 @@ from lightning_knnmt.evaluation.perplexity import (
 )
 from lightning_knnmt.evaluation.report import environment, read_build
 from lightning_knnmt.evaluation.tuning import Tune
-from lightning_knnmt.index.config import Device
+from lightning_knnmt.index.config import SearchDevice
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
 from lightning_knnmt.knn.mixture import Mixture, PlainModel
@@ -49,7 +49,7 @@ def evaluate_lm(
     min_pointers: list[int] | None = None,
     decoding: Decoding = Decoding(beams=1),
     max_tokens: int = 1024,
-    index_device: Device = "cpu",
+    index_device: SearchDevice = "cpu",
     mmap: bool = False,
     checksums: bool | None = None,
 ) -> None:
@@ -70,7 +70,8 @@ def evaluate_lm(
             many are left, and searches elsewhere: each number is a system pointers_NUMBER with the options of knn.
         decoding: How translate.yaml continues texts.
         max_tokens: Most tokens of a teacher-forced batch.
-        index_device: Where the index is searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there if FAISS can.
+        index_device: Where the index is searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there if FAISS can;
+            `torch_keys`: among all stored keys, by torch on the model's device; `torch_codes`: among all its codes.
         mmap: Leave the index's entries on the disk, for an index that is larger than memory.
         checksums: Compare the datastore's bytes with their checksums first; null: those of files up to 256 MB in all.
     """

@@ -15,7 +15,7 @@ from lightning_knnmt.data.readers.corpus import format_of_suffix
 from lightning_knnmt.data.readers.opening import open_bytes
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.evaluation.explanation import explain_translator, explanation_lines
-from lightning_knnmt.index.config import Device
+from lightning_knnmt.index.config import SearchDevice
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
 from lightning_knnmt.knn.retrievers.retriever import Retriever
@@ -40,7 +40,7 @@ def translate(
     block: int = 1024,
     explain: int = 0,
     overwrite: bool = False,
-    index_device: Device = "cpu",
+    index_device: SearchDevice = "cpu",
     mmap: bool = False,
     translation_memory: CorpusFile | None = None,
     metric: Metric | None = None,
@@ -67,7 +67,8 @@ def translate(
             answered at once.
         explain: Print, for each produced token, this many of its nearest stored contexts; 0: translations only.
         overwrite: Replace a file that is there already.
-        index_device: Where the index is searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there if FAISS can.
+        index_device: Where the index is searched: `cpu`; `gpu`: divided between all GPUs; `auto`: there if FAISS can;
+            `torch_keys`: among all stored keys, by torch on the model's device; `torch_codes`: among all its codes.
         mmap: Leave the index's entries on the disk, for an index that is larger than memory.
         translation_memory: Pairs as they stand, for a retriever that needs no stored keys; in place of a datastore.
         metric: That of the index, by which temperature and λ were chosen; an index of another is refused. None: any.

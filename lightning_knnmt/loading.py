@@ -13,7 +13,7 @@ from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.decoding import Decoding, Translator
 from lightning_knnmt.decoding.ensemble import EnsembleTranslator
 from lightning_knnmt.decoding.together import SharedTranslator
-from lightning_knnmt.index.config import Device
+from lightning_knnmt.index.config import SearchDevice
 from lightning_knnmt.knn.combiners.combiner import Combiner
 from lightning_knnmt.knn.gates import Gate
 from lightning_knnmt.knn.memory import Memory
@@ -70,7 +70,7 @@ def open_translator(
     combiner: Combiner | None = None,
     gate: Gate | None = None,
     decoding: Decoding = Decoding(),
-    index_device: Device = "cpu",
+    index_device: SearchDevice = "cpu",
     mmap: bool = False,
     translation_memory: CorpusFile | None = None,
     metric: Metric | None = None,

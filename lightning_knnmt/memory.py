@@ -16,11 +16,11 @@ from lightning_knnmt.data.pairs import StoredContext
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.mapped_keys import MappedKeys
 from lightning_knnmt.index.codes import stored_codes
-from lightning_knnmt.index.config import Device
+from lightning_knnmt.index.config import SearchDevice
 from lightning_knnmt.index.distributed import DistributedIndex
 from lightning_knnmt.index.faiss_index import FaissIndex
 from lightning_knnmt.index.filtered import FilteredIndex
-from lightning_knnmt.index.opening import open_index, open_parts, read_report
+from lightning_knnmt.index.opening import open_by_torch, open_index, open_parts, read_report
 from lightning_knnmt.index.report import IndexReport
 from lightning_knnmt.index.rescoring import rescore as rescored
 from lightning_knnmt.index.search_index import SearchIndex
@@ -111,8 +111,11 @@ class DatastoreMemory:
         check_at_least(1, k=k, nprobe=nprobe)
         if not len(self):
             return no_neighbors(len(queries), k, queries.device)
-        if isinstance(self.index, TorchIndex) and not rescore:
-            return self._searched_by_torch(self.index, queries, k)
+        if isinstance(self.index, TorchIndex):
+            if ef_search is not None:
+                raise ValueError(f"ef_search is {ef_search}, but torch searches without a graph; leave it out")
+            if not rescore:
+                return self._searched_by_torch(self.index, queries, k)
         rows = queries.detach().float().cpu().numpy()
         if not len(rows) and not isinstance(self.index, DistributedIndex):
             return no_neighbors(0, k, queries.device)
@@ -130,12 +133,14 @@ class DatastoreMemory:
         return found.to(queries.device)
 
     def _searched_by_torch(self, index: TorchIndex, queries: Tensor, k: int) -> Neighbors:
-        """Neighbors that never leave the index's device, but for that of the queries."""
+        """Neighbors on the queries' device, to which the index moves once."""
+        if not index.is_on(queries.device):
+            self.index = index = index.to(queries.device)
         distances, ids = index.search_tensors(queries, k)
         if self._values_there is None or self._values_there.device != ids.device:
             self._values_there = self._values.long().to(ids.device)
         values = self._values_there[ids.clamp(min=0)].masked_fill(ids < 0, 0)
-        return Neighbors(distances, values, ids, self.weights_of(ids)).to(queries.device)
+        return Neighbors(distances, values, ids, self.weights_of(ids))
 
     @property
     def fingerprint(self) -> str:
@@ -261,7 +266,7 @@ class DatastoreMemory:
 
 def open_pooled(
     memory: DatastoreMemory, pooled_with: Sequence[Path], index: str = "index", mmap: bool = False,
-    device: Device = "cpu", checksums: bool | None = None,
+    device: SearchDevice = "cpu", checksums: bool | None = None,
 ) -> DatastoreMemory | PooledMemory:  # fmt: skip
     """A memory and further datastores of the same model, searched as one; the memory itself if there are none.
 
@@ -291,7 +296,7 @@ def open_memory(
     folder: Path | str,
     index: str = "index",
     mmap: bool = False,
-    device: Device = "cpu",
+    device: SearchDevice = "cpu",
     ranks: "Ranks | None" = None,
     metric: Metric | None = None,
     checksums: bool | None = None,
@@ -302,7 +307,8 @@ def open_memory(
         folder: The datastore's.
         index: Name of the index.
         mmap: Leave the index's entries on the disk, for one that is larger than memory.
-        device: Where the index is searched, as in `open_index`.
+        device: Where the index is searched, as in `open_index`; `torch_keys` and `torch_codes`: by torch, as in
+            `open_by_torch`, on the device of the queries.
         ranks: This process's place among several, each of which holds a share of an index built with `layout: shards`;
             all of them search together. None: this process holds the whole index.
         metric: By what it is to be searched; None: as the index was built.
@@ -325,7 +331,14 @@ def open_memory(
                     "built; settings such as the temperature are those of one metric"
                 )
             opened: SearchIndex
-            if ranks is None or ranks.size == 1:
+            if device == "torch_keys" or device == "torch_codes":
+                if ranks is not None and ranks.size > 1:
+                    raise ValueError(
+                        f"index_device is {device}, which one process searches alone, but there are {ranks.size}; "
+                        "expected cpu, gpu or auto"
+                    )
+                opened = open_by_torch(store, index, mmap, device)
+            elif ranks is None or ranks.size == 1:
                 opened = open_index(store, index, mmap, device)
             else:
                 share = open_parts(store, ranks.rank, ranks.size, index, mmap, device)

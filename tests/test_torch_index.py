@@ -3,21 +3,26 @@
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
+from tiny_models import GERMAN
 from tiny_stores import build_store, corpus_pairs
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
-from lightning_knnmt.index.config import IndexConfig
+from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.index.config import IndexConfig, SearchDevice, TorchSearch
 from lightning_knnmt.index.faiss_index import FaissIndex
 from lightning_knnmt.index.layers import innermost
 from lightning_knnmt.index.opening import load_index
 from lightning_knnmt.index.torch_index import TorchIndex
-from lightning_knnmt.memory import DatastoreMemory
+from lightning_knnmt.knn.settings import KnnSettings
+from lightning_knnmt.memory import DatastoreMemory, open_memory
+from lightning_knnmt.storage.ranks import Ranks
 
 N, D, R, K = 900, 24, 17, 9
 FACTORIES = ["Flat", "PQ8", "PQ8x4", "PQ3x4", "OPQ8,PQ8", "IVF16,PQ8", "IVF16,PQ8x4", "OPQ8,IVF16,PQ8"]
@@ -113,3 +118,35 @@ def test_a_memory_searches_it_without_numpy(store: Datastore, monkeypatch: pytes
         expected, found = (each.search(queries, 5, rescore=rescore) for each in (memory, by_torch))
         assert torch.allclose(found.distances, expected.distances, rtol=1e-3, atol=1e-2)
         assert (found.values == expected.values).float().mean() > 0.9
+
+
+def translations(model: KeyedModel, folder: Path, device: SearchDevice, **settings: Any) -> list[str]:
+    with open_memory(folder, device=device) as memory:
+        mixture = KnnSettings(5, 0.8, 20.0, **settings).open(model, memory)
+        return Translator(model, mixture, Decoding(2, 4, 12)).translate(GERMAN[:4]).texts
+
+
+@pytest.mark.parametrize(("factory", "device"), [("Flat", "torch_keys"), ("IVF4,PQ8x4", "torch_codes")])
+def test_the_scripts_option_gives_the_translations_of_an_exhaustive_search(
+    backbone: KeyedModel, store: Datastore, factory: str, device: SearchDevice
+) -> None:
+    build_index(store, IndexConfig(factory, overwrite=True))
+    with open_memory(store.folder, device=device) as memory:
+        assert isinstance(memory.index, TorchIndex)
+    plain = Translator(backbone, decoding=Decoding(2, 4, 12)).translate(GERMAN[:4]).texts
+    expected = translations(backbone, store.folder, "cpu", nprobe=4)
+    assert translations(backbone, store.folder, device) == expected != plain
+
+
+def test_the_scripts_option_refuses_what_torch_cannot_do(store: Datastore) -> None:
+    with pytest.raises(ValueError, match="mmap is True, but index_device torch_keys has all entries in memory"):
+        open_memory(store.folder, mmap=True, device="torch_keys")
+    with pytest.raises(ValueError, match="index_device is torch_codes, which one process searches alone, but there"):
+        open_memory(store.folder, device="torch_codes", ranks=Ranks(0, 2))
+    refused = pytest.raises(ValueError, match="ef_search is 16, but torch searches without a graph")
+    with open_memory(store.folder, device="torch_keys") as memory, refused:
+        memory.search(torch.zeros(1, store.key_size), 2, ef_search=16)
+    build_index(store, IndexConfig("Flat", metric="ip", overwrite=True))
+    for device in get_args(TorchSearch):
+        with pytest.raises(ValueError, match="metric is ip, expected l2 for a search by torch"):
+            open_memory(store.folder, device=device)

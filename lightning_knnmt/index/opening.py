@@ -2,13 +2,18 @@
 
 import logging
 
+import numpy as np
+import torch
+
 from lightning_knnmt.datastore import Datastore
 from lightning_knnmt.datastore.manifest import Manifest
-from lightning_knnmt.index.config import Device
+from lightning_knnmt.datastore.mapped_keys import MappedKeys
+from lightning_knnmt.index.config import Device, TorchSearch
 from lightning_knnmt.index.faiss_index import FaissIndex
 from lightning_knnmt.index.filtered import FilteredIndex
 from lightning_knnmt.index.gpu import Gpus, find_gpus
 from lightning_knnmt.index.report import IndexReport
+from lightning_knnmt.index.torch_index import TorchIndex
 from lightning_knnmt.storage.errors import DatastoreError
 from lightning_knnmt.storage.files import file_sha256
 from lightning_knnmt.storage.layout import description_file, generation_name, index_file, part_file
@@ -65,6 +70,31 @@ def open_parts(
     total = len(report.parts)
     numbers = range(rank * total // size, (rank + 1) * total // size)
     return _filtered(datastore, _on(gpus, device, _load(datastore, name, report, numbers, mmap)))
+
+
+def open_by_torch(
+    datastore: Datastore, name: str = "index", mmap: bool = False, searched: TorchSearch = "torch_keys"
+) -> TorchIndex:
+    """Open what torch searches in place of FAISS, removed entries included, which a `DatastoreMemory` hides.
+
+    Args:
+        datastore: Its keys, or what the index was built from.
+        name: Name of the index.
+        mmap: Refused: torch has all entries in memory.
+        searched: `torch_keys`: all stored keys; `torch_codes`: all codes of an index of PQ or IVF,PQ (without a Refine
+            around it), or all keys of a Flat one.
+
+    Raises:
+        DatastoreError: The index belongs to another datastore, or is not whole.
+        ValueError: The index has another metric than l2 or codes of another kind.
+    """
+    if mmap:
+        raise ValueError(f"mmap is True, but index_device {searched} has all entries in memory; expected False")
+    if searched == "torch_codes":
+        return TorchIndex.of(load_index(datastore, name))
+    if (metric := read_report(datastore, name).metric) != "l2":
+        raise ValueError(f"metric is {metric}, expected l2 for a search by torch")
+    return TorchIndex.exact(torch.from_numpy(MappedKeys(datastore).rows(np.arange(len(datastore)))))
 
 
 def load_index(datastore: Datastore, name: str = "index", mmap: bool = False) -> FaissIndex:

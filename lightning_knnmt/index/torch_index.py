@@ -129,6 +129,15 @@ class TorchIndex:
         moved = (None if part is None else torch.from_numpy(part).to(device) for part in rest)
         return cls(_Coded(places.to(device), *moved), index.key_size, block)  # type: ignore[arg-type]
 
+    def is_on(self, device: torch.device) -> bool:
+        """Whether it is on a device."""
+        return self._entries.norms.device == device
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same index on another device."""
+        moved = {name: part.to(device) for name, part in vars(self._entries).items() if part is not None}
+        return type(self)(replace(self._entries, **moved), self.key_size, self._block)
+
     def without(self, gone: Tensor) -> Self:
         """The same index, which never finds some entries.
 
@@ -141,7 +150,7 @@ class TorchIndex:
     @property
     def device(self) -> str:
         """Where it is searched."""
-        return str(self._entries.norms.device)
+        return f"{self._entries.norms.device}, by torch"
 
     def __len__(self) -> int:
         return len(self._entries.norms)
