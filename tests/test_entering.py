@@ -15,6 +15,7 @@ from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.backbone.row_decoder import reordered
 from lightning_knnmt.building.memory import build_memory
 from lightning_knnmt.decoding import Decoding, Translator
+from lightning_knnmt.decoding.batch_size import SENTENCES, BatchSize, evenly
 from lightning_knnmt.decoding.projection import Projection
 from lightning_knnmt.decoding.search import Waiting
 from lightning_knnmt.decoding.top import top_columns
@@ -161,3 +162,48 @@ def test_weights_that_training_has_changed_are_projected_with(tiny_folder_of: Ca
         weights[0].mul_(2)
         assert torch.allclose(projection(states), model.project(states), atol=1e-5)
         assert not torch.allclose(projection(states), before, atol=1e-2)
+
+
+def trials(rates: dict[int, float], left: int) -> tuple[list[int], int]:
+    """The numbers that are tried, where each has a rate, and what is best in the end."""
+    measured, tried = BatchSize(), []
+    while (size := measured.next(left)) is not None:
+        tried.append(size)
+        left -= SENTENCES * size
+        measured.record(round(1000 * rates[size]), 1000.0)
+    return tried, measured.best
+
+
+def test_numbers_of_sentences_are_doubled_until_that_is_no_faster() -> None:
+    assert trials({8: 5.0, 16: 7.0, 32: 9.0, 64: 8.0}, 10_000) == ([8, 8, 16, 32, 64], 32)
+    assert trials({8: 5.0, 16: 4.0}, 10_000) == ([8, 8, 16], 8)
+    assert trials({8 << power: power + 1.0 for power in range(6)}, 10_000)[1] == 256
+    assert trials({8: 5.0, 16: 7.0}, 150) == ([8, 8, 16], 32)  # nothing is known of 32
+    assert trials({}, 31) == ([], 32)
+
+
+def test_texts_of_a_trial_are_spread_over_all_lengths() -> None:
+    tried, rest = evenly(range(100), 25)
+    assert tried == list(range(0, 100, 4))
+    assert sorted(tried + rest) == list(range(100))
+    assert evenly([4, 2], 2) == ([4, 2], [])
+
+
+@pytest.mark.parametrize("family", ["firefox", "marian"])
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_measured_batch_size_changes_no_translation(
+    tiny_folder_of: Callable[[str], Path], family: str, beams: int
+) -> None:
+    model = load_model(str(tiny_folder_of(family)), device="cpu")
+    texts = [f"{number} {text}" for number in range(8) for text in TEXTS]
+    fixed = Translator(model, decoding=Decoding(beams, 32, 6)).translate(texts)
+    measured = Translator(model, decoding=Decoding(beams, "auto", 6))
+    found = measured.translate(texts)
+    assert (found.texts, found.tokens, found.cut) == (fixed.texts, fixed.tokens, fixed.cut)
+    assert found.spans.counts["beams"] > 0
+    assert measured.translate(texts).texts == fixed.texts
+
+
+def test_a_batch_size_in_words_is_refused() -> None:
+    with pytest.raises(ValueError, match="batch_size is 'many', expected auto or a number"):
+        Decoding(batch_size="many")  # type: ignore[arg-type]

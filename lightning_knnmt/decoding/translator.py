@@ -14,6 +14,7 @@ from lightning_knnmt.backbone.batch import Batch
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.checks import check_at_least, check_one_of, check_texts
 from lightning_knnmt.data.sentences import join
+from lightning_knnmt.decoding.batch_size import DEFAULT, SENTENCES, BatchSize, evenly
 from lightning_knnmt.decoding.candidates import Candidates
 from lightning_knnmt.decoding.options import SearchOptions, search_options
 from lightning_knnmt.decoding.prediction import Predictor
@@ -58,6 +59,7 @@ _NUMBERS = (
 )  # fmt: skip
 
 
+_Decoded = tuple[list[int], list[Tensor], int]
 Loop = Literal["own", "generate"]
 ENTERING = 4  # a fraction of the batch: so many sentences enter at a time, since an encoder likes company
 
@@ -68,7 +70,9 @@ class Decoding:
 
     Attributes:
         beams: Beam size; 1 is greedy.
-        batch_size: Sentences decoded at a time.
+        batch_size: Sentences decoded at a time; `auto`: 8, 16, 32, … are tried on the first texts, each on others, and
+            the one with the most tokens a second decodes the rest (with fewer than some hundred sentences: 32).
+            Translations do not depend on it.
         max_new_tokens: Longest translation, in tokens.
         options: Further options of Hugging Face's `generate` that produce one translation, a token at a time.
         loop: `own`: a search that gives what `generate` gives and is faster, wherever model and options allow it;
@@ -79,14 +83,18 @@ class Decoding:
     """
 
     beams: int = 4
-    batch_size: int = 32
+    batch_size: int | Literal["auto"] = DEFAULT
     max_new_tokens: int = 256
     options: dict[str, Any] = field(default_factory=dict)
     loop: Loop = "own"
     shortlist: str | None = None
 
     def __post_init__(self) -> None:
-        check_at_least(1, beams=self.beams, batch_size=self.batch_size, max_new_tokens=self.max_new_tokens)
+        check_at_least(1, beams=self.beams, max_new_tokens=self.max_new_tokens)
+        if self.batch_size != "auto":
+            if isinstance(self.batch_size, str):
+                raise ValueError(f"batch_size is {self.batch_size!r}, expected auto or a number")
+            check_at_least(1, batch_size=self.batch_size)
         check_one_of(get_args(Loop), loop=self.loop)
         if self.shortlist is not None and self.loop == "generate":
             raise ValueError(f"shortlist is {self.shortlist} and loop is generate, expected loop own")
@@ -125,6 +133,7 @@ class Translator:
                 f"beams is {decoding.beams}, but the retriever goes on from the row before in each text; expected 1"
             )
         self.model, self.mixture, self.decoding = model, mixture, decoding
+        self._measured = BatchSize()
         self._project = Projection(model)
         self._likely = None if decoding.shortlist is None else open_shortlist(model, decoding.shortlist)
         if self._likely is not None and (self._options() is None or model.projection_weights() is None):
@@ -146,7 +155,7 @@ class Translator:
         order = sorted(range(len(pieces)), key=lambda number: -len(pieces[number]))
         translated = [""] * len(pieces)
         tokens = cut = 0
-        for numbers, sequences, shortened in self._sequences(pieces, order, spans):
+        for numbers, sequences, shortened in self._measuring(pieces, order, spans):
             decoded = self.model.tokenizer.batch_decode(sequences, skip_special_tokens=True)
             tokens += self._count(sequences)
             cut += shortened
@@ -156,11 +165,26 @@ class Translator:
         texts = [join(itertools.islice(rest, len(of_text)), of_text) for of_text in sentences]
         return Translations(texts, tokens, spans.seconds["decode"], spans, cut)
 
-    def _sequences(
-        self, pieces: list[str], order: list[int], spans: Spans
-    ) -> Iterator[tuple[list[int], list[Tensor], int]]:
+    @property
+    def batch_size(self) -> int:
+        """Sentences decoded at a time; with `auto`, by what was measured so far."""
+        chosen = self.decoding.batch_size
+        return self._measured.best if isinstance(chosen, str) else chosen
+
+    def _measuring(self, pieces: list[str], order: list[int], spans: Spans) -> Iterator[_Decoded]:
+        """As `_sequences`, after trials of how many sentences to decode at a time where that is still to be chosen."""
+        while self.decoding.batch_size == "auto" and (room := self._measured.next(len(order))) is not None:
+            tried, order = evenly(order, SENTENCES * room)
+            before, tokens = spans.seconds["decode"], 0
+            for decoded in self._sequences(pieces, tried, spans, room):
+                tokens += sum(map(len, decoded[1]))
+                yield decoded
+            self._measured.record(tokens, spans.seconds["decode"] - before)
+        yield from self._sequences(pieces, order, spans, self.batch_size)
+
+    def _sequences(self, pieces: list[str], order: list[int], spans: Spans, room: int) -> Iterator[_Decoded]:
         """Numbers of sentences, their translations' token ids, and how many were cut, batch by batch."""
-        room, options = self.decoding.batch_size, self._options()
+        options = self._options()
         if options is not None and self._enter(options):
             cut = 0
 

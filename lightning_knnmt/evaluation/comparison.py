@@ -111,7 +111,7 @@ def run_systems(
             tokens_per_second=statistics.median(rates),
             repeats=rates,
             search_share=statistics.median(run.spans.seconds["search"] / run.seconds for run in timed),
-            batch_size=1 if isinstance(translator, OnlineTranslator) else translator.decoding.batch_size,
+            batch_size=1 if isinstance(translator, OnlineTranslator) else translator.batch_size,
             searches=timed[0].spans.share_of_rows("search"),
         )
         texts = timed[0].texts
