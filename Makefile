@@ -6,6 +6,9 @@ export OMP_WAIT_POLICY := PASSIVE
 MODEL ?= data/models/firefox-en-pt
 IMPORTED := $(if $(filter data/models/firefox-en-pt,$(MODEL)),data/models/firefox-en-pt/config.json)
 
+STATES := runs/demo/states
+DISPERSED := runs/demo/dispersed
+
 INSTALLED := .venv/installed-$(REQUIREMENTS)
 
 .PHONY: install test demo benchmark-libreoffice clean
@@ -31,6 +34,15 @@ test: install
 demo: install $(IMPORTED)
 	$(BIN)/python prepare_data.py --config configs/data/pretix.yaml
 	$(BIN)/python build_index.py build --config configs/demo/build.yaml --backbone.model $(MODEL)
+	$(BIN)/python build_index.py states --config configs/demo/build.yaml --backbone.model $(MODEL) \
+	  --datastore.folder $(STATES)/train
+	$(BIN)/python build_index.py states --config configs/demo/build.yaml --backbone.model $(MODEL) \
+	  --datastore.folder $(STATES)/validation --datastore.corpus.path data/pretix/validation.jsonl
+	test -e $(DISPERSED)/trained || $(BIN)/python train.py fit --config configs/demo/dispersion.yaml \
+	  --model.backbone.model $(MODEL) --overwrite true
+	touch $(DISPERSED)/trained
+	$(BIN)/python build_index.py rekey --backbone.model $(DISPERSED)/model --datastore.states $(STATES)/train \
+	  --datastore.folder $(DISPERSED)/store
 	$(BIN)/python evaluate.py --config configs/demo/evaluate.yaml --backbone.model $(MODEL) --overwrite true
 
 # LibreOffice's help pages; needs apt-get

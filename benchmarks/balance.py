@@ -9,7 +9,8 @@ training a model: keys of unit norm, whitened keys, long lists split. Imbalance 
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lightning_knnmt.evaluation.report import table
 from lightning_knnmt.index.balance import homogeneity, imbalance_factor
 from lightning_knnmt.index.factory import make_index
 from lightning_knnmt.index.splitting import metric_centroids, split_centroids
+from lightning_knnmt.metric import Metric
 
 Keys = NDArray[np.float32]
 
@@ -42,30 +44,48 @@ def whitened(keys: Keys) -> Keys:
     return ((keys - part.mean(0)) @ (axes / np.sqrt(variances + 1e-6 * variances.max()))).astype(np.float32)
 
 
-def indexes(keys: Keys, foreign: Keys | None, nlist: int, per_list: int, seed: int) -> Iterator[tuple[str, Keys, Keys]]:
-    """Ways of training a coarse quantizer by squared distances: name, keys as the index holds them, centroids."""
+Way = tuple[str, Callable[[], tuple[Keys, Keys]]]  # its name; makes keys as the index holds them, and centroids
+
+
+def indexes(keys: Keys, foreign: Keys | None, nlist: int, per_list: int, seed: int) -> Iterator[Way]:
+    """Ways of training a coarse quantizer by squared distances; nothing is computed before it is called."""
+
+    def trained(sample: Keys, share: float = 0.0) -> tuple[Keys, Keys]:
+        return keys, split_centroids(sample, nlist, share)
+
+    def fair(share: float = 0.0) -> tuple[Keys, Keys]:
+        return trained(keys[rows], share)
+
+    def changed(change: Callable[[Keys], Keys]) -> tuple[Keys, Keys]:
+        held = change(keys)
+        return held, split_centroids(held[rows], nlist, 0.0)
+
     rows = np.random.default_rng(seed).permutation(len(keys))[: per_list * nlist]
-    yield "uniform sample", keys, split_centroids(keys[rows], nlist, 0.0)
+    yield "uniform sample", fair
     if len(rows) < len(keys):
-        yield "longest sentences", keys, split_centroids(keys[: len(rows)], nlist, 0.0)
-        yield "shortest sentences", keys, split_centroids(keys[-len(rows) :], nlist, 0.0)
+        yield "longest sentences", partial(trained, keys[: len(rows)])
+        yield "shortest sentences", partial(trained, keys[-len(rows) :])
     if foreign is not None and len(foreign) >= nlist:
-        yield "another datastore", keys, split_centroids(foreign, nlist, 0.0)
+        yield "another datastore", partial(trained, foreign)
     for share in (0.1, 0.3):
-        yield f"long lists split, {share:.0%}", keys, split_centroids(keys[rows], nlist, share)
+        yield f"long lists split, {share:.0%}", partial(fair, share)
         if len(rows) < len(keys):
-            yield f"shortest sentences, split {share:.0%}", keys, split_centroids(keys[-len(rows) :], nlist, share)
-    for name, changed in (("unit norm", unit_norm(keys)), ("whitened", whitened(keys))):
-        yield name, changed, split_centroids(changed[rows], nlist, 0.0)
+            yield f"shortest sentences, split {share:.0%}", partial(trained, keys[-len(rows) :], share)
+    yield "unit norm", partial(changed, unit_norm)
+    yield "whitened", partial(changed, whitened)
 
 
-def by_products(keys: Keys, nlist: int, per_list: int, seed: int) -> Iterator[tuple[str, Keys, Keys]]:
+def by_products(keys: Keys, nlist: int, per_list: int, seed: int) -> Iterator[Way]:
     """The same by inner products and cosines, from a uniform sample, with centroids of unit norm and of any."""
+
+    def trained(metric: Metric, unit: bool) -> tuple[Keys, Keys]:
+        held = unit_norm(keys) if metric == "cos" else keys
+        return held, metric_centroids(held[rows], nlist, metric, unit)
+
     rows = np.random.default_rng(seed).permutation(len(keys))[: per_list * nlist]
-    yield "inner product, any centroids", keys, metric_centroids(keys[rows], nlist, "ip", False)
-    yield "inner product, unit centroids", keys, metric_centroids(keys[rows], nlist, "ip", True)
-    unit = unit_norm(keys)
-    yield "cosine", unit, metric_centroids(unit[rows], nlist, "cos", True)
+    yield "inner product, any centroids", partial(trained, "ip", False)
+    yield "inner product, unit centroids", partial(trained, "ip", True)
+    yield "cosine", partial(trained, "cos", True)
 
 
 def measure(
@@ -136,9 +156,10 @@ def main(arguments: list[str] | None = None) -> None:
                 ((way, faiss.METRIC_L2) for way in by_distance),
                 ((way, faiss.METRIC_INNER_PRODUCT) for way in by_products(keys, nlist, options.per_list, options.seed)),
             )
-            for (name, held, centroids), metric in ways:
+            for (name, make), metric in ways:
                 if options.only is not None and name not in options.only:
                     continue
+                held, centroids = make()
                 found = measure(held, tokens, centroids, options.nprobe, metric)
                 if options.timed is not None:
                     found["microseconds"] = microseconds(held, centroids, options.timed)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,12 @@ REGULARISERS: dict[str, losses.Dispersion] = {
 }
 
 
-METRICS: list[tuple[Metric, bool]] = [("l2", False), ("ip", False), ("ip", True), ("cos", True)]  # unit centroids?
+METRICS: dict[str, tuple[Metric, bool]] = {  # [label -> metric, whether centroids have unit norm]
+    "l2": ("l2", False),
+    "ip, any centroids": ("ip", False),
+    "ip, unit centroids": ("ip", True),
+    "cos, unit centroids": ("cos", True),
+}
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ class BothSplits(TranslationDataModule):
 
 def states_of(options: argparse.Namespace, split: str) -> Path:
     """The datastore of a split's states, built unless it is there."""
-    folder = options.out / "states" / split
+    folder = (options.states or options.out / "states") / split
     below = load_model(str(options.model), key_type="ffn_residual")
     build_datastore(below, DatastoreConfig(folder, CorpusFile(options.data / f"{split}.jsonl")))
     return folder
@@ -128,6 +134,9 @@ def fine_tune(variant: Variant, folder: Path, options: argparse.Namespace) -> di
         dispersion=REGULARISERS[variant.regulariser or "sliced"],
         gamma=variant.gamma,
     )
+    if options.freeze_projection:
+        assert isinstance(module.backbone, PretrainedModel)
+        module.backbone.output_projection.requires_grad_(False)
     data = BothSplits(train, validation, options.max_tokens, seed=options.seed)
     trainer = L.Trainer(
         max_steps=options.steps, gradient_clip_val=1.0, use_distributed_sampler=False, logger=False,
@@ -145,6 +154,7 @@ def fine_tune(variant: Variant, folder: Path, options: argparse.Namespace) -> di
     return {
         "variant": asdict(variant), "validation": values, "seconds": time.perf_counter() - start,
         "steps": options.steps, "lr": options.lr, "max_tokens": options.max_tokens, "seed": options.seed,
+        "frozen_projection": options.freeze_projection,
     }  # fmt: skip
 
 
@@ -164,30 +174,43 @@ def keys_and_tokens(model: PretrainedModel, states: Path) -> tuple[torch.Tensor,
 
 
 @torch.inference_mode()
-def measure_lists(variant: Variant, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Imbalance factor and codes scanned, by metric, number of lists, and what k-means is trained on."""
+def measure_lists(variant: Variant, folder: Path, options: argparse.Namespace) -> None:
+    """Imbalance factor and codes scanned, by metric, number of lists, and what k-means is trained on, into lists.json.
+
+    Ways of making lists whose figures are there are not measured again.
+    """
+    path = folder / "lists.json"
+    rows = json.loads(path.read_text(encoding="utf-8"))["lists"] if path.exists() else []
+    samples = ["uniform", *(f"shortest {share:.0%}" for share in options.shortest)]
+    there = {(row["metric"], row["nlist"], row["sample"]) for row in rows}
+    ways = [
+        (metric, nlist, sample)
+        for metric, nlist, sample in product(options.metrics, options.nlist, samples)
+        if (metric, nlist, sample) not in there
+    ]
+    if not ways:
+        return
     model = model_of(variant, folder, options)
     keys, tokens = keys_and_tokens(model, states_of(options, "train"))
     queries, _ = keys_and_tokens(model, states_of(options, "validation"))
-    generator = torch.Generator().manual_seed(options.seed)
+    generator = torch.Generator().manual_seed(1)
     queries = queries[torch.randperm(len(queries), generator=generator)[:2000]]
     order = torch.randperm(len(keys), generator=generator)
-    rows = []
-    for metric, unit in METRICS:
-        for nlist in options.nlist:
-            samples = {"uniform": keys[order[: options.per_list * nlist]]}
-            samples |= {f"shortest {share:.0%}": keys[-int(share * len(keys)) :] for share in options.shortest}
-            for name, sample in samples.items():
-                if len(sample) < nlist:
-                    continue
-                seen = seen_by(sample, metric).contiguous().numpy()
-                centroids = torch.from_numpy(metric_centroids(seen, nlist, metric, unit, options.seed))
-                health = index_health(keys, tokens, queries, centroids, options.nprobe, metric=metric)
-                values = {key: float(value) for key, value in health.values.items()}
-                values["codes_scanned"] /= len(keys)
-                label = f"{metric}{'' if metric == 'l2' else ', unit centroids' if unit else ', any centroids'}"
-                rows.append({"metric": label, "nlist": nlist, "sample": name, "training_points": len(sample), **values})
-    return {"variant": asdict(variant), "keys": len(keys), "nprobe": options.nprobe, "lists": rows}
+    shares = dict(zip(samples[1:], options.shortest, strict=True))
+    for label, nlist, name in ways:
+        sample = keys[-int(shares[name] * len(keys)) :] if name in shares else keys[order[: options.per_list * nlist]]
+        if len(sample) < nlist:
+            continue
+        metric, unit = METRICS[label]
+        seen = seen_by(sample, metric).contiguous().numpy()
+        centroids = torch.from_numpy(metric_centroids(seen, nlist, metric, unit, 1))
+        health = index_health(keys, tokens, queries, centroids, options.nprobe, metric=metric)
+        values = {key: float(value) for key, value in health.values.items()}
+        values["codes_scanned"] /= len(keys)
+        values["largest_list"] = float(health.sizes.max() / health.sizes.float().mean())
+        rows.append({"metric": label, "nlist": nlist, "sample": name, "training_points": len(sample), **values})
+        result = {"variant": asdict(variant), "keys": len(keys), "nprobe": options.nprobe, "lists": rows}
+        common.write_json(path, result | common.environment())
 
 
 def score(
@@ -241,25 +264,33 @@ def trained_table(results: dict[str, dict[str, Any]]) -> str:
     return table(rows)
 
 
+def rows_by_way(result: dict[str, Any]) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """Rows of lists by metric, number of lists, and what k-means was trained on, sorted."""
+    labels = list(METRICS)
+    rows = sorted(
+        result["lists"],
+        key=lambda row: (labels.index(row["metric"]), row["nlist"], row["sample"] != "uniform", row["sample"]),
+    )
+    return {(row["metric"], row["nlist"], row["sample"]): row for row in rows}
+
+
 def lists_table(results: dict[str, dict[str, Any]]) -> str:
     """Imbalance factor and share of the keys that a query scans, a row for each way of making lists."""
-    ways = [(row["metric"], row["nlist"], row["sample"]) for row in next(iter(results.values()))["lists"]]
+    by_way = {name: rows_by_way(result) for name, result in results.items()}
     rows = [["metric", "lists", "k-means on", *results]]
-    for way in ways:
-        cells = []
-        for result in results.values():
-            row = next(row for row in result["lists"] if (row["metric"], row["nlist"], row["sample"]) == way)
-            cells.append(f"{row['imbalance_factor']:.2f} ({row['codes_scanned']:.2%})")
+    for way in max(by_way.values(), key=len):
+        found = [each.get(way) for each in by_way.values()]
+        cells = ["" if row is None else f"{row['imbalance_factor']:.2f} ({row['codes_scanned']:.2%})" for row in found]
         rows.append([way[0], f"{way[1]:,}", way[2], *cells])
     return table(rows)
 
 
 def gain(results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """The imbalance of the base model over that of the last variant, where the base model's is largest."""
-    base, last = results[Variant(None).name]["lists"], list(results.values())[-1]["lists"]
-    worst = max(range(len(base)), key=lambda row: base[row]["imbalance_factor"])
+    base, last = rows_by_way(results[Variant(None).name]), rows_by_way(list(results.values())[-1])
+    worst = max(base.keys() & last.keys(), key=lambda way: (base[way]["imbalance_factor"], way))
     before, after = base[worst]["imbalance_factor"], last[worst]["imbalance_factor"]
-    where = {name: base[worst][name] for name in ("metric", "nlist", "sample")}
+    where = dict(zip(("metric", "nlist", "sample"), worst, strict=True))
     return {"ratio": before / after, "base": before, "dispersed": after, "variant": list(results)[-1], **where}
 
 
@@ -293,39 +324,48 @@ def found(options: argparse.Namespace, file: str) -> dict[str, dict[str, Any]]:
     return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Do what is asked for, and tabulate all that is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", nargs="?", default="lists", choices=("train", "lists", "score"), help="how far to go")
+def study_parser(description: str) -> argparse.ArgumentParser:
+    """Options of the models of the study: where they are, and how those that are not there are trained."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [variant.name for variant in VARIANTS]
     parser.add_argument("--out", type=Path, default=Path("runs/study"))
     parser.add_argument("--model", type=Path, default=Path("data/models/firefox-en-pt"))
     parser.add_argument("--data", type=Path, default=Path("data/libreoffice_help"))
-    parser.add_argument("--only", nargs="*", help="names of variants; all by default", metavar="NAME")
+    parser.add_argument("--states", type=Path, help="states of the splits; OUT/states by default")
+    parser.add_argument("--only", nargs="+", choices=names, help="names of variants; all by default", metavar="NAME")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--label-smoothing", type=float, default=0.0, help="0 for a model that was distilled")
     parser.add_argument("--max-tokens", type=int, default=1024)
-    parser.add_argument("--factory", default="auto", help="of the datastores' indexes")
+    parser.add_argument("--freeze-projection", action="store_true", help="leave the output projection as it is")
     parser.add_argument("--sample-nlist", type=int, default=128, help="lists of the keys of the validation split")
-    parser.add_argument("--nprobe", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--nlist", type=int, nargs="+", default=[1024, 2048])
-    parser.add_argument("--per-list", type=int, default=39, help="training keys for each list, of a uniform sample")
-    parser.add_argument("--shortest", type=float, nargs="*", default=[0.01, 0.02], help="shares of the keys")
+    parser.add_argument("--per-list", type=int, default=20, help="training keys for each list, of a uniform sample")
     parser.add_argument("--sentences", type=int, help="of the test and validation splits to score; all by default")
     parser.add_argument("--beams", type=int, default=4)
+    parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--quick", action="store_true", help="few pairs, steps and lists, under a minute")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=1)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Do what is asked for, and tabulate all that is there."""
+    parser = study_parser(__doc__ or "")
+    parser.add_argument("stage", nargs="?", default="lists", choices=("train", "lists", "score"), help="how far to go")
+    parser.add_argument("--factory", default="auto", help="of the datastores' indexes")
+    parser.add_argument("--nprobe", type=int, default=8)
+    parser.add_argument("--nlist", type=int, nargs="+", default=[1024, 2048])
+    parser.add_argument("--metrics", nargs="+", choices=list(METRICS), default=list(METRICS), help="of the lists")
+    parser.add_argument("--shortest", type=float, nargs="*", default=[0.01, 0.02, 0.06], help="shares of the keys")
     options = parser.parse_args(arguments)
     common.set_threads(options.threads)
-    names = [variant.name for variant in VARIANTS]
-    if unknown := set(options.only or []) - set(names):
-        parser.error(f"--only names {sorted(unknown)}, expected some of {names}")
     with tempfile.TemporaryDirectory() as scratch:
         if options.quick:
             make_quick(options, Path(scratch))
+            options.nlist, options.shortest = [32], [0.05]
+            options.only = options.only or ["base", "MHE, γ 10"]
         study(options)
 
 
@@ -337,18 +377,23 @@ def make_quick(options: argparse.Namespace, scratch: Path) -> None:
         lines = (options.data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (data / f"{split}.jsonl").write_text("".join(lines[:: max(1, len(lines) // most)][:most]), encoding="utf-8")
     options.out, options.data, options.steps, options.max_tokens = scratch / "out", data, min(options.steps, 12), 200
-    options.nlist, options.shortest, options.sample_nlist = [32], [0.05], 4
-    options.only = options.only or ["base", "MHE, γ 10"]
+    options.sample_nlist = 4
+
+
+def trained_folder(variant: Variant, options: argparse.Namespace) -> Path:
+    """The folder of a variant's model, which is trained unless it is there."""
+    folder: Path = options.out / variant.name
+    once(folder / "trained.json", partial(fine_tune, variant, folder, options))
+    return folder
 
 
 def study(options: argparse.Namespace) -> None:
     """Do what is missing, and tabulate all that is there."""
     for variant in VARIANTS:
         if options.only is None or variant.name in options.only:
-            folder = options.out / variant.name
-            once(folder / "trained.json", partial(fine_tune, variant, folder, options))
+            folder = trained_folder(variant, options)
             if options.stage != "train":
-                once(folder / "lists.json", partial(measure_lists, variant, folder, options))
+                measure_lists(variant, folder, options)
             if options.stage == "score":
                 once(folder / "scored.json", partial(score_store, variant, folder, options))
     print(trained_table(found(options, "trained.json")))

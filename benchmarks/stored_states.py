@@ -150,7 +150,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.pairs, options.steps = min(options.pairs, 400), min(options.steps, 8)
+        options.pairs, options.steps = min(options.pairs, 200), min(options.steps, 7)
+        options.max_tokens = min(options.max_tokens, 300)
     common.set_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder))

@@ -12,6 +12,7 @@ from tiny_stores import clumpy_keys, write_store
 
 from lightning_knnmt.building.index import build_index
 from lightning_knnmt.datastore import Datastore
+from lightning_knnmt.evaluation.key_plots import direction_figure, in_the_plane, metric_figure, sizes_by_metric
 from lightning_knnmt.evaluation.plots import (
     StoreSample,
     angle_figure,
@@ -26,7 +27,7 @@ from lightning_knnmt.index.opening import open_index
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "cluster_sizes.ipynb"
-DEMO = [ROOT / "runs" / "demo" / name / "index.json" for name in ("store",)]
+DEMO = [ROOT / "runs" / "demo" / name / "index.json" for name in ("store", "dispersed/store")]
 FACTORIES = {
     "plain": "IVF16,Flat",
     "refined": "IVF16,PQ4x4fs,Refine(SQfp16)",
@@ -96,7 +97,7 @@ def check_pictures(pictures: list[bytes]) -> None:
 
     from matplotlib.image import imread
 
-    assert len(pictures) == 3
+    assert len(pictures) == 5
     for picture in pictures:
         pixels = imread(BytesIO(picture), format="png")
         assert pixels.shape[0] > 200
@@ -169,6 +170,36 @@ def test_angle_shares_are_those_of_brute_force(samples: dict[str, StoreSample]):
     length = np.linalg.norm(unit.mean(axis=0))
     label = figure.axes[1].get_legend().get_texts()[0].get_text()
     assert label == f"clumped: mean resultant length {length:.2f}"
+
+
+def test_a_common_direction_is_seen_by_inner_products_with_centroids_of_any_norm_only():
+    rng = np.random.default_rng(1)
+    keys = (rng.normal(size=(3000, 8)) + 6 * np.eye(8)[0]).astype(np.float32)
+    factors = {
+        way: imbalance_factor(torch.from_numpy(sizes))
+        for way, sizes in sizes_by_metric(keys).items()
+        if sizes.sum() == 3000
+    }
+    assert factors["inner products, any centroids"] > 2 * factors["squared distances"]
+    assert factors["inner products, unit centroids"] < 2 * factors["squared distances"]
+
+
+def test_directions_are_drawn_along_their_mean_and_the_widest_axis_besides():
+    rng = np.random.default_rng(1)
+    raw = rng.normal(size=(500, 6)) * [1, 1, 4, 1, 1, 1] + [0, 5, 0, 0, 0, 0]
+    unit = torch.from_numpy(raw / np.linalg.norm(raw, axis=1, keepdims=True))
+    along = in_the_plane(unit)
+    assert float(along[:, 0].mean()) == pytest.approx(float(unit.mean(0).norm()))
+    assert abs(np.corrcoef(along[:, 1].numpy(), raw[:, 2])[0, 1]) > 0.9
+    assert (along.norm(dim=1) <= 1 + 1e-9).all()
+
+
+def test_pictures_of_keys_name_the_store_and_their_axes(samples: dict[str, StoreSample]):
+    for draw in (metric_figure, direction_figure):
+        panels = [axes for axes in draw(samples).axes if axes.get_title()]
+        assert [axes.get_title().split(":")[0] for axes in panels] == list(samples)
+        assert all(axes.get_xlabel() and axes.get_legend() is not None for axes in panels)
+        assert panels[0].get_ylabel()
 
 
 def test_pictures_have_labels_units_and_a_legend(samples: dict[str, StoreSample]):

@@ -75,6 +75,26 @@ def test_a_quick_study_tells_the_gain_where_the_base_is_most_unbalanced(marian_f
     assert result["ratio"] == pytest.approx(max(factors) / dispersed[factors.index(max(factors))]["imbalance_factor"])
 
 
+def test_searches_of_study_models_are_timed_in_fair_and_unfair_lists(marian_folder: Path, tmp_path: Path) -> None:
+    import dispersed_search
+
+    pairs = corpus_pairs(120)
+    write_splits(tmp_path / "data", {"train": pairs[:80], "validation": pairs[80:100], "test": pairs[100:]}, {})
+    path = tmp_path / "out.json"
+    options = ("--model", str(marian_folder), "--data", str(tmp_path / "data"), "--steps", "2")
+    dispersed_search.main(["--quick", "--json", str(path), *options, "--codes", "Flat", "--max-new-tokens", "16"])
+    result = json.loads(path.read_text())
+    alone = [row for row in result["rows"] if row["sample"] is None]
+    assert [row["model"] for row in alone] == ["base", "fine-tuned, γ 0"] == list(result["settings"])
+    searched = [row for row in result["rows"] if row["sample"] is not None]
+    assert {(row["sample"], row["nprobe"]) for row in searched} == {
+        (sample, nprobe) for sample in ("uniform", "shortest 50%") for nprobe in (1, 8)
+    }
+    assert all(row["microseconds"] > 0 and row["imbalance_factor"] >= 1 for row in searched)
+    unfair = {row["model"]: row["tokens_per_second"] for row in searched[-2:]}
+    assert result["ratio"] == pytest.approx(unfair["fine-tuned, γ 0"] / unfair["base"])
+
+
 def test_stored_states_are_measured_against_the_whole_model(
     marian_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,7 +116,20 @@ def test_an_unknown_variant_is_refused(tmp_path: Path, capsys: pytest.CaptureFix
 
     with pytest.raises(SystemExit):
         dispersion.main(["train", "--out", str(tmp_path), "--only", "sliced"])
-    assert "expected some of ['base', 'fine-tuned, γ 0'" in capsys.readouterr().err
+    assert "'base', 'fine-tuned, γ 0'" in capsys.readouterr().err
+
+
+def test_only_the_ways_that_are_asked_for_are_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import balance
+
+    keys, values = clumpy_keys(600, 16)
+    write_store(tmp_path / "store", keys, values).close()
+    trained = []
+    real = balance.metric_centroids
+    monkeypatch.setattr(balance, "split_centroids", lambda *_: pytest.fail("a way that was not asked for"))
+    monkeypatch.setattr(balance, "metric_centroids", lambda *args: trained.append(args[2:]) or real(*args))
+    balance.main([f"clumped={tmp_path / 'store'}", "--nlist", "4", "--only", "cosine"])
+    assert trained == [("cos", True)]
 
 
 def test_balance_of_clumped_keys_by_training_sample(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def plot_list_sizes(sizes: Mapping[str, NDArray[np.int64]], path: Path | str) ->
     """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    _draw_sorted(axes, sizes)
+    draw_sorted(axes, sizes)
     axes.set_title("Cluster sizes (dotted: a perfectly even index)")
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -88,13 +88,13 @@ def list_size_figure(stores: Mapping[str, StoreSample]) -> Figure:
     sizes = {label: store.sizes for label, store in stores.items()}
     figure = Figure(figsize=(14, 5), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
-    _draw_sorted(left, sizes)
+    draw_sorted(left, sizes)
     left.set(title="Sorted sizes (dotted: even lists)", yscale="log", ylim=(0.8, None))
     left.yaxis.set_major_formatter("{x:,.0f}")  # a new scale brings its own
     _draw_histogram(middle, sizes)
     _draw_lorenz(right, sizes)
     for axes in (left, middle, right):
-        _legend_below(axes)
+        legend_below(axes)
     return figure
 
 
@@ -122,7 +122,7 @@ def angle_figure(stores: Mapping[str, StoreSample], seed: int = 1) -> Figure:
     right.set(title="To the keys' mean direction", xlabel="angle (degrees)", ylabel="keys per degree (%)")
     for axes in (left, right):
         axes.set(xlim=(0, 180), ylim=(0, None), xticks=range(0, 181, 30))
-        _legend_below(axes)
+        legend_below(axes)
     return figure
 
 
@@ -158,7 +158,7 @@ def search_cost_figure(stores: Mapping[str, StoreSample]) -> Figure:
         axes.set_xscale("log", base=2)
         axes.set_xlabel("nprobe (lists per query)")
         axes.xaxis.set_major_formatter("{x:.0f}")
-        _legend_below(axes)
+        legend_below(axes)
     left.yaxis.set_major_formatter("{x:,.0f}")
     return figure
 
@@ -179,11 +179,13 @@ def codes_scanned(sizes: NDArray[np.int64], probed: NDArray[np.int64]) -> NDArra
     return np.where(probed >= 0, sizes[probed], 0).mean(axis=0).cumsum()
 
 
-def _legend_below(axes: Axes) -> None:
+def legend_below(axes: Axes) -> None:
+    """Put the legend under a picture, where it hides nothing."""
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
 
 
-def _draw_sorted(axes: Axes, sizes: Mapping[str, NDArray[np.int64]]) -> None:
+def draw_sorted(axes: Axes, sizes: Mapping[str, NDArray[np.int64]]) -> None:
+    """Draw the sizes of inverted lists, largest first, a curve with its imbalance factor for each label."""
     for label, counts in sizes.items():
         factor = imbalance_factor(torch.from_numpy(counts))
         share = np.arange(1, len(counts) + 1) / len(counts) * 100
