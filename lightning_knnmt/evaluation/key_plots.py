@@ -30,14 +30,16 @@ def metric_figure(stores: Mapping[str, StoreSample], seed: int = 1) -> Figure:
             number.
         seed: Of k-means.
     """
+    sizes = {label: sizes_by_metric(store.keys, seed) for label, store in stores.items()}
+    largest = max(int(counts.max()) for ways in sizes.values() for counts in ways.values())
     figure = Figure(figsize=(7 * len(stores), 5), layout="constrained")
-    panels = figure.subplots(1, len(stores), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, len(stores), squeeze=False)[0]
     for axes, (label, store) in zip(panels, stores.items(), strict=True):
-        draw_sorted(axes, sizes_by_metric(store.keys, seed))
+        draw_sorted(axes, sizes[label])
         axes.set(
             title=f"{label}: {len(store.keys):,} keys, {choose_nlist(len(store.keys)):,} lists (dotted: even)",
             yscale="log",
-            ylim=(0.8, None),
+            ylim=(0.8, 1.5 * largest),
         )
         axes.yaxis.set_major_formatter("{x:,.0f}")  # a new scale brings its own
         legend_below(axes)
@@ -71,8 +73,8 @@ def direction_figure(stores: Mapping[str, StoreSample]) -> Figure:
     Args:
         stores: By label.
     """
-    figure = Figure(figsize=(5.5 * len(stores), 5.5), layout="constrained")
-    panels = figure.subplots(1, len(stores), sharex=True, sharey=True, squeeze=False)[0]
+    figure = Figure(figsize=(5.5 * len(stores), 6.5), layout="constrained")
+    panels = figure.subplots(1, len(stores), squeeze=False)[0]
     circle = np.linspace(0, 2 * np.pi, 361)
     for axes, (label, store) in zip(panels, stores.items(), strict=True):
         unit = directions(torch.from_numpy(store.keys))
@@ -82,7 +84,7 @@ def direction_figure(stores: Mapping[str, StoreSample]) -> Figure:
         )
         figure.colorbar(density, ax=axes, label="keys in a cell", shrink=0.7)
         axes.plot(np.cos(circle), np.sin(circle), color="black", linewidth=1, label="length 1")
-        axes.plot([0], [0], "+", color="black", label="all axes alike")
+        axes.plot([0], [0], "+", color="black", label="middle of the sphere")
         axes.plot(along[:, 0].mean(), along[:, 1].mean(), "o", color="red", markersize=6, label="mean of the keys")
         axes.set(
             title=f"{label}: mean resultant length {float(unit.mean(dim=0).norm()):.2f}",
