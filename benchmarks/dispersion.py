@@ -193,7 +193,7 @@ def measure_lists(variant: Variant, folder: Path, options: argparse.Namespace) -
     model = model_of(variant, folder, options)
     keys, tokens = keys_and_tokens(model, states_of(options, "train"))
     queries, _ = keys_and_tokens(model, states_of(options, "validation"))
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(options.seed)
     queries = queries[torch.randperm(len(queries), generator=generator)[:2000]]
     order = torch.randperm(len(keys), generator=generator)
     shares = dict(zip(samples[1:], options.shortest, strict=True))
@@ -203,7 +203,7 @@ def measure_lists(variant: Variant, folder: Path, options: argparse.Namespace) -
             continue
         metric, unit = METRICS[label]
         seen = seen_by(sample, metric).contiguous().numpy()
-        centroids = torch.from_numpy(metric_centroids(seen, nlist, metric, unit, 1))
+        centroids = torch.from_numpy(metric_centroids(seen, nlist, metric, unit, options.seed))
         health = index_health(keys, tokens, queries, centroids, options.nprobe, metric=metric)
         values = {key: float(value) for key, value in health.values.items()}
         values["codes_scanned"] /= len(keys)

@@ -12,8 +12,7 @@ from lightning_knnmt.dispersion.functional.directions import directions
 from lightning_knnmt.evaluation.plots import StoreSample, draw_sorted, legend_below
 from lightning_knnmt.index.config import choose_nlist
 from lightning_knnmt.index.splitting import metric_centroids
-from lightning_knnmt.metric import Metric
-from lightning_knnmt.training.index_health import nearest_lists
+from lightning_knnmt.metric import Metric, distances
 
 WAYS: dict[str, tuple[Metric, bool]] = {  # [label -> metric, whether centroids have unit norm]
     "squared distances": ("l2", False),
@@ -60,8 +59,8 @@ def sizes_by_metric(keys: NDArray[np.float32], seed: int = 1) -> dict[str, NDArr
     found = {}
     for label, (metric, unit) in WAYS.items():
         centroids = torch.from_numpy(metric_centroids(keys, nlist, metric, unit, seed))
-        lists = nearest_lists(torch.from_numpy(keys), centroids, 1, metric=metric)[:, 0]
-        found[label] = torch.bincount(lists, minlength=nlist).numpy()
+        nearest = [distances(part, centroids, metric).argmin(dim=1) for part in torch.from_numpy(keys).split(4096)]
+        found[label] = torch.bincount(torch.cat(nearest), minlength=nlist).numpy()
     return found
 
 
