@@ -141,7 +141,7 @@ def evaluate(
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
     check_memory(datastore, translation_memory, retriever)
     check_pooled(pooled_with, datastore, processes.devices * processes.num_nodes > 1)
-    check_ensemble(ensemble_with, processes.devices * processes.num_nodes > 1)
+    check_ensemble(ensemble_with, decoding, processes.devices * processes.num_nodes > 1)
     members = {f"model_{number}": member for number, member in enumerate(ensemble_with or [], 2)}
     _check_systems(datastore, translation_memory, others, members, online, processes)
     stored_pairs = None if translation_memory is None else list(read_pairs(translation_memory))

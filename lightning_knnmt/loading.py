@@ -11,7 +11,7 @@ from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.checks import check_number
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
 from lightning_knnmt.decoding import Decoding, Translator
-from lightning_knnmt.decoding.ensemble import EnsembleTranslator
+from lightning_knnmt.decoding.ensemble import EnsembleTranslator, check_whole_vocabulary
 from lightning_knnmt.decoding.together import SharedTranslator
 from lightning_knnmt.index.config import SearchDevice
 from lightning_knnmt.knn.combiners.combiner import Combiner
@@ -102,7 +102,7 @@ def open_translator(
     chosen = MixtureConfig.of(knn, retriever, combiner, gate)
     check_memory(datastore, translation_memory, retriever)
     check_pooled(pooled_with, datastore, several=start is not None)
-    check_ensemble(ensemble_with, several=start is not None)
+    check_ensemble(ensemble_with, decoding, several=start is not None)
     pairs = None if translation_memory is None else list(read_pairs(translation_memory))
     memory: DatastoreMemory | None = None
     if datastore is not None and start is None:
@@ -158,14 +158,16 @@ def check_pooled(pooled_with: list[Path] | None, datastore: Path | None, several
         raise ValueError("pooled_with is given, which one process searches alone, but processes is more than one")
 
 
-def check_ensemble(ensemble_with: Sequence[EnsembleMember] | None, several: bool) -> None:
-    """Refuse an ensemble with several processes.
+def check_ensemble(ensemble_with: Sequence[EnsembleMember] | None, decoding: Decoding, several: bool) -> None:
+    """Refuse an ensemble with several processes, and with a part of the vocabulary.
 
     Raises:
         ValueError: It is given so.
     """
     if ensemble_with and several:
         raise ValueError("ensemble_with is given, which one process decodes alone, but processes is more than one")
+    if ensemble_with:
+        check_whole_vocabulary(decoding)
 
 
 def load_translator(path: Path | str) -> Translator:

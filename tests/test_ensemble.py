@@ -260,6 +260,10 @@ def test_scripts_take_an_ensemble_and_tune_each_member(
         capsys, translate.translate, "--config", config, "--processes.devices", "2", *files, "--overwrite", "true",
         expected="ensemble_with is given, which one process decodes alone",
     )  # fmt: skip
+    expect_error(
+        capsys, translate.translate, "--config", config, "--decoding.shortlist", "model", *files, "--overwrite", "true",
+        expected="shortlist is model, expected none: the models of an ensemble",
+    )  # fmt: skip
     other = write_config(tmp_path / "other.yaml", {**evaluation, "others": {"model_2": {"model": second, "datastore":
                          tmp_path / "store"}}, "overwrite": True})  # fmt: skip
     expect_error(capsys, evaluate.evaluate, "--config", other, expected="others has model_2, as members of")

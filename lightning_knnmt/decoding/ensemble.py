@@ -14,7 +14,7 @@ from lightning_knnmt.checks import check_number
 from lightning_knnmt.decoding.options import SearchOptions
 from lightning_knnmt.decoding.prediction import Predictor
 from lightning_knnmt.decoding.together import SharedTranslator
-from lightning_knnmt.decoding.translator import Translator
+from lightning_knnmt.decoding.translator import Decoding, Translator
 from lightning_knnmt.knn.probability import mean_log_probs
 from lightning_knnmt.knn.step import Step, sentences_of_rows
 from lightning_knnmt.storage.ranks import Ranks
@@ -44,11 +44,7 @@ class EnsembleTranslator(SharedTranslator):
         for weight in self.weights:
             check_number(above_zero=True, weights=weight)
         for each in members:
-            if each.decoding.shortlist is not None:
-                raise ValueError(
-                    f"shortlist is {each.decoding.shortlist}, expected none: the models of an ensemble predict the "
-                    "whole vocabulary"
-                )
+            check_whole_vocabulary(each.decoding)
         first = members[0]
         super().__init__(first.model, first.mixture, first.decoding, Ranks())
         check_same_tokens([each.model for each in members])
@@ -126,6 +122,18 @@ def mean_step(steps: Sequence[Step], weights: Sequence[float]) -> Step:
         return first
     logits = mean_log_probs([step.logits for step in steps], [step.log_normalizer for step in steps], weights)
     return Step(first.queries, logits, first.sentence, True, torch.zeros_like(first.log_normalizer))
+
+
+def check_whole_vocabulary(decoding: Decoding) -> None:
+    """Refuse a shortlist: each model would predict tokens of its own.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if decoding.shortlist is not None:
+        raise ValueError(
+            f"shortlist is {decoding.shortlist}, expected none: the models of an ensemble predict the whole vocabulary"
+        )
 
 
 def check_same_tokens(models: Sequence[KeyedModel]) -> None:
