@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class Way:
         shortlist: Whether only likely tokens are predicted.
         int8: Whether linear layers compute in 8-bit integers.
         loop: Whose search it is.
+        bfloat16: Whether weights and activations are of that type.
     """
 
     neighbors: bool
@@ -58,6 +59,7 @@ class Way:
     shortlist: bool = False
     int8: bool = False
     loop: Loop = "own"
+    bfloat16: bool = False
 
     @property
     def whole(self) -> "Way":
@@ -68,15 +70,21 @@ class Way:
         words = ["neighbors" if self.neighbors else "plain", "greedy" if self.beams == 1 else f"beam {self.beams}"]
         words += ["generate"] if self.loop == "generate" else []
         words += ["shortlist"] if self.shortlist else []
+        words += ["bfloat16"] if self.bfloat16 else []
         return ", ".join(words + (["int8"] if self.int8 else []))
 
+    def options(self) -> dict[str, str]:
+        """How the model is loaded."""
+        return {"dtype": "bfloat16" if self.bfloat16 else "float32", "quantization": "int8" if self.int8 else "none"}
 
-def ways_of(beams: int) -> list[Way]:
+
+def ways_of(beams: int, bfloat16: bool) -> list[Way]:
     """All ways that are compared."""
     ways = [Way(neighbors, beams, loop="generate") for neighbors in (False, True)]
     for each in (beams, 1):
         for shortlist, int8 in ((False, False), (True, False), (False, True), (True, True)):
             ways += [Way(neighbors, each, shortlist, int8) for neighbors in (False, True)]
+        ways += [Way(neighbors, each, bfloat16=True) for neighbors in (False, True) if bfloat16]
     return ways
 
 
@@ -106,21 +114,22 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     settings = KnnSettings(options.k, options.lambda_, options.temperature, options.nprobe)
     runs: dict[Way | str, list[Translations]] = {}
     with open_memory(options.store) as memory:
-        models = {
-            int8: load_model(str(options.model), device="cpu", quantization="int8" if int8 else "none")
-            for int8 in (False, True)
-        }
+        models: dict[tuple[str, ...], KeyedModel] = {}
         work: dict[Way | str, Callable[[list[str]], Translations]] = {}
-        for way in ways_of(options.beams):
-            mixture = settings.open(models[way.int8], memory) if way.neighbors else PlainModel()
+        for way in ways_of(options.beams, options.bfloat16):
+            loaded = tuple(way.options().values())
+            if loaded not in models:
+                models[loaded] = load_model(str(options.model), device="cpu", **way.options())
+            model = models[loaded]
+            mixture = settings.open(model, memory) if way.neighbors else PlainModel()
             shortlist = options.shortlist if way.shortlist else None
             decoding = Decoding(
                 way.beams, options.batch_size, options.max_new_tokens, loop=way.loop, shortlist=shortlist
             )
-            work[way] = Translator(models[way.int8], mixture, decoding).translate
+            work[way] = Translator(model, mixture, decoding).translate
         if not options.quick:
             try:
-                work[ENGINE] = engine(models[False], options.direction)
+                work[ENGINE] = engine(models["float32", "none"], options.direction)
             except ImportError as error:
                 print(f"{error}; without it")
         for repeat in range(options.repeats + 1):
@@ -144,10 +153,7 @@ def report(
     def ratios(beams: int) -> dict[str, float]:
         """With neighbors ÷ plain, over the whole vocabulary and in the other ways."""
         plain = [way for way in speeds if isinstance(way, Way) and not way.neighbors and way.beams == beams]
-        return {
-            str(way): round(speeds[Way(True, beams, way.shortlist, way.int8, way.loop)] / speeds[way], 3)
-            for way in plain
-        }
+        return {str(way): round(speeds[replace(way, neighbors=True)] / speeds[way], 3) for way in plain}
 
     by_beams = {beams: ratios(beams) for beams in (options.beams, 1)}
     generate = speeds[Way(False, options.beams, loop="generate")]
@@ -235,7 +241,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measure, print tables, and write all figures as JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a tiny model made on the spot")
@@ -246,6 +252,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/pretix"), help="folder of the splits")
     parser.add_argument("--direction", default="enpt", help="enpt or pten: which of its models the native engine loads")
     parser.add_argument("--shortlist", default="model", help="`model`, or a .npz file with a learned table")
+    parser.add_argument("--bfloat16", action="store_true", help="also in bfloat16")
     parser.add_argument("--count", type=int, default=400, help="texts")
     parser.add_argument("--repeats", type=int, default=3, help="timed repeats of each way")
     parser.add_argument("--threads", type=int, default=2, help="threads of beam search; greedy search has one")
@@ -254,7 +261,7 @@ def main() -> None:
     parser.add_argument("--lambda", dest="lambda_", type=float, default=0.5)
     parser.add_argument("--temperature", type=float, default=67.0)
     parser.add_argument("--seed", type=int, default=1, help="of the tiny model")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         if options.quick:
             options.model, options.data, options.store = make_setting(Path(folder), options.seed)
