@@ -32,7 +32,7 @@ from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.config import DatastoreConfig
 from lightning_knnmt.building.datastore import build_datastore
-from lightning_knnmt.building.encoder import Item, Tokenized, cut, write_shard
+from lightning_knnmt.building.encoder import Item, Tokenized, in_shards, write_shard
 from lightning_knnmt.data.batching import token_budget_batches
 from lightning_knnmt.data.boxes import box_batches
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
@@ -81,11 +81,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         root = Path(folder)
         backbone = load_model(options.model, device=options.device)
         corpus = make_corpus(options, backbone, root / "corpus.jsonl")
-        sizes = {name: getattr(options, name) for name in ("max_tokens", "max_padding", "shard_entries")}
+        sizes = {name: getattr(options, name) for name in ("max_tokens", "max_padding", "shard_pairs")}
         config = DatastoreConfig(root / "store", corpus, **sizes)
         result = measure_stages(backbone, config, options.repeats)
         if options.processes > 1:
-            result |= measure_processes(options, config, result["entries"])
+            result |= measure_processes(options, config, sum(1 for _ in read_pairs(corpus)))
     settings = {name: value for name, value in vars(options).items() if name not in ("json", "quick", "corpus")}
     settings["corpus"] = "random tokens" if options.corpus is None else str(options.corpus.path)
     return {**result, "settings": settings, **common.environment(backbone.device)}
@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def measure_stages(backbone: KeyedModel, config: DatastoreConfig, repeats: int) -> dict[str, Any]:
     """A build, its stages, and the bare forward pass, in turn."""
     pairs = list(enumerate(read_pairs(config.corpus)))
-    shards = list(cut(Tokenized(backbone, pairs), lambda item: len(item.tgt), config.shard_entries))
+    shards = list(in_shards(Tokenized(backbone, pairs), config.shard_pairs))
     batches = [_batches(items, config) for items in shards]
     padded = [
         batch.to(backbone.device)
@@ -222,10 +222,10 @@ def build_as(
                 tell.send(time.perf_counter() - start)
 
 
-def measure_processes(options: argparse.Namespace, config: DatastoreConfig, entries: int) -> dict[str, Any]:
+def measure_processes(options: argparse.Namespace, config: DatastoreConfig, pairs: int) -> dict[str, Any]:
     """Medians of a build in one process and in several, of four shards for each of them."""
     several = options.processes
-    config = replace(config, shard_entries=1 + entries // (4 * several))
+    config = replace(config, shard_pairs=1 + pairs // (4 * several))
     context = multiprocessing.get_context("spawn")
     seconds = {}
     for size in (1, several):
@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="most sentence pairs; 8000, or 800 with --quick")
     parser.add_argument("--max-tokens", type=int, default=8192)
     parser.add_argument("--max-padding", type=float, default=0.04)
-    parser.add_argument("--shard-entries", type=int, default=1 << 20)
+    parser.add_argument("--shard-pairs", type=int, default=1 << 14)
     parser.add_argument("--processes", type=int, default=1, help="also compare that many processes with one")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, help="timed repeats of each part; 7, or 3 with --quick")

@@ -65,12 +65,12 @@ class Work:
     Attributes:
         model: Folder of the model.
         corpus: JSONL file.
-        shard_entries: Most entries of a shard.
+        shard_pairs: Pairs of a shard.
     """
 
     model: Path
     corpus: Path
-    shard_entries: int = 150
+    shard_pairs: int = 12
 
     def build(self, folder: Path, stages: Connection | None = None, processes: Processes = Processes()) -> None:
         """Build the store, telling each step's stage where asked; runs in a process of its own."""
@@ -79,7 +79,7 @@ class Work:
         tqdm.set_lock(threading.RLock())  # its own is shared among processes, and would outlive a killed one
         if stages is not None:
             _draw_out(stages.send)
-        config = DatastoreConfig(folder, CorpusFile(self.corpus), max_tokens=200, shard_entries=self.shard_entries)
+        config = DatastoreConfig(folder, CorpusFile(self.corpus), max_tokens=200, shard_pairs=self.shard_pairs)
         backbone = load_model(str(self.model), device="cpu")
         with processes.start(backbone) as ranks:
             build_datastore(backbone, config, ranks)

@@ -41,7 +41,7 @@ class Commands:
         """The command line."""
         build = [
             "--backbone.model", str(self.work.model), "--backbone.device", "cpu", "--datastore.folder", str(folder),
-            "--datastore.max_tokens", "200", "--datastore.shard_entries", str(self.work.shard_entries),
+            "--datastore.max_tokens", "200", "--datastore.shard_pairs", str(self.work.shard_pairs),
             "--datastore.corpus.path", str(self.more if command == "append" else self.work.corpus),
         ]  # fmt: skip
         index = [f"--index.{name}={getattr(INDEX, name)}" for name in ("factory", "chunk", "part_entries")]

@@ -46,7 +46,7 @@ def predict_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict
     from lightning_knnmt.index.config import IndexConfig
 
     start = time.perf_counter()
-    datastore = DatastoreConfig(folder, CorpusFile(corpus), shard_entries=options.shard_entries)
+    datastore = DatastoreConfig(folder, CorpusFile(corpus), shard_pairs=options.shard_pairs)
     index = IndexConfig(options.factory)
     plan = make_plan(load_model(options.model, device="cpu"), datastore, index, sample_pairs=options.sample_pairs)
     figures: dict[str, float] = {
@@ -73,7 +73,7 @@ def build_one(options: argparse.Namespace, corpus: Path, folder: Path) -> dict[s
     from lightning_knnmt.index.config import IndexConfig
     from lightning_knnmt.timing import peak_memory_mb
 
-    datastore = DatastoreConfig(folder, CorpusFile(corpus), shard_entries=options.shard_entries)
+    datastore = DatastoreConfig(folder, CorpusFile(corpus), shard_pairs=options.shard_pairs)
     model = load_model(options.model, device="cpu")
     start = time.perf_counter()
     loaded: Any = SimpleNamespace(load=lambda: model)  # loading takes no part of the time
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--sample-pairs", type=int, help="2000, or 500 with --quick")
     parser.add_argument("--repeats", type=int, default=1, help="of each plan and build, taken in turn; medians count")
     parser.add_argument("--factory", default="auto")
-    parser.add_argument("--shard-entries", type=int, default=1 << 20)
+    parser.add_argument("--shard-pairs", type=int, default=1 << 14)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()

@@ -27,7 +27,7 @@ def make_store(folder: Path, entries: int, key_size: int, vocabulary: int, rng: 
         writer.append(keys, values, [entries], [Pair("source", "target")], [0])
     provenance = Provenance("benchmark", "0" * 64, "0" * 64, "decoder_output", key_size, None, None)
     shard = ShardInfo(path.name, entries, 1, file_sha256(path))
-    Manifest(provenance, "benchmark", "0" * 64, {}, entries, (shard,)).save(folder)
+    Manifest(provenance, "benchmark", "0" * 64, {}, None, (shard,)).save(folder)
     return Datastore(folder)
 
 
@@ -88,7 +88,7 @@ def synthetic_store(folder: Path, clumps: Clumps, entries: int, shard_entries: i
     provenance = Provenance(clumps.description, sha256, sha256, "decoder_output", clumps.key_size, None, None)
     if (folder / MANIFEST).exists():
         manifest = Manifest.load(folder)
-        if (manifest.provenance, manifest.entries, manifest.shard_entries) == (provenance, entries, shard_entries):
+        if (manifest.provenance, manifest.entries, manifest.shards[0].entries) == (provenance, entries, shard_entries):
             return Datastore(folder)
         raise ValueError(f"{folder} holds another datastore, {manifest.provenance.model}; choose another --folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def synthetic_store(folder: Path, clumps: Clumps, entries: int, shard_entries: i
                 keys, values = clumps.draw(min(CHUNK, stop - start), start)
                 writer.append(keys, values, [len(keys)], [Pair("source", "target")], [start])
         shards.append(ShardInfo(path.name, stop - first, len(starts), file_sha256(path)))
-    Manifest(provenance, "synthetic", sha256, {}, shard_entries, tuple(shards)).save(folder)
+    Manifest(provenance, "synthetic", sha256, {}, None, tuple(shards)).save(folder)
     return Datastore(folder)
 
 

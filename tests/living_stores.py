@@ -30,7 +30,7 @@ FACTORIES = {
 
 def make_built(backbone: KeyedModel, folder: Path) -> Path:
     """A store of the old pairs with an index of every family."""
-    with build_store(backbone, folder, OLD, shard_entries=60) as store:
+    with build_store(backbone, folder, OLD, shard_pairs=4) as store:
         for name, config in FACTORIES.items():
             build_index(store, replace(config, name=name))
     return folder
@@ -46,7 +46,7 @@ def make_grown(backbone: KeyedModel, built: Path, folder: Path) -> Path:
 
 def appending(folder: Path, pairs: list[Pair] = NEW) -> DatastoreConfig:
     corpus = write_corpus(folder.parent / "new.jsonl", pairs)
-    return DatastoreConfig(folder, corpus, max_tokens=128, shard_entries=60)
+    return DatastoreConfig(folder, corpus, max_tokens=128, shard_pairs=4)
 
 
 def queries(store: Datastore) -> np.ndarray:

@@ -13,7 +13,10 @@ from transformers import AutoModelForSeq2SeqLM
 from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.data.batching import token_budget_batches
+from lightning_knnmt.datastore.manifest import read_manifest
 from lightning_knnmt.storage.errors import DatastoreError
+from lightning_knnmt.storage.layout import MANIFEST
+from lightning_knnmt.storage.sealed import read_sealed, write_sealed
 
 PAIRS = corpus_pairs(23)
 
@@ -21,7 +24,7 @@ PAIRS = corpus_pairs(23)
 def test_shards_hold_what_one_whole_file_holds(backbone: KeyedModel, tmp_path: Path) -> None:
     with (
         build_store(backbone, tmp_path / "whole", PAIRS) as whole,
-        build_store(backbone, tmp_path / "parts", PAIRS, shard_entries=40) as parts,
+        build_store(backbone, tmp_path / "parts", PAIRS, shard_pairs=3) as parts,
     ):
         assert len(whole.manifest.shards) == 1
         assert len(parts.manifest.shards) > 5
@@ -30,6 +33,23 @@ def test_shards_hold_what_one_whole_file_holds(backbone: KeyedModel, tmp_path: P
     for place, (value, key) in one.items():
         assert value == many[place][0]
         np.testing.assert_allclose(key, many[place][1], rtol=3e-3, atol=3e-3)
+
+
+def test_a_store_of_an_earlier_version_is_read_and_keeps_its_fingerprint(backbone: KeyedModel, tmp_path: Path) -> None:
+    build_store(backbone, tmp_path / "store", PAIRS, shard_pairs=3).close()
+    path = tmp_path / "store" / MANIFEST
+    content = read_sealed(path)
+    earlier = {}
+    for name, value in content.items():
+        if name == "shards":
+            earlier["shard_entries"] = 40
+        if name != "shard_pairs":
+            earlier[name] = value
+    write_sealed(path, earlier)
+    manifest, fingerprint = read_manifest(tmp_path / "store")
+    assert (manifest.shard_entries, manifest.shard_pairs, manifest.pairs_of_a_shard) == (40, None, 3)
+    manifest.save(tmp_path / "store")
+    assert read_manifest(tmp_path / "store") == (manifest, fingerprint)
 
 
 def test_entries_of_a_shard_are_sorted_by_length_the_longest_first(backbone: KeyedModel, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ PAIRS = corpus_pairs(23)
 @pytest.fixture
 def config(tmp_path: Path) -> DatastoreConfig:
     return DatastoreConfig(
-        tmp_path / "store", write_corpus(tmp_path / "corpus.jsonl", PAIRS), max_tokens=100, shard_entries=60
+        tmp_path / "store", write_corpus(tmp_path / "corpus.jsonl", PAIRS), max_tokens=100, shard_pairs=5
     )
 
 
@@ -46,7 +46,7 @@ def test_every_target_token_is_an_entry_with_the_state_that_hugging_face_predict
     model = AutoModelForSeq2SeqLM.from_pretrained(backbone.name).eval()
     with Datastore(config.folder) as store:
         assert len(manifest.shards) > 2
-        assert max(shard.entries for shard in manifest.shards) <= 60
+        assert [shard.pairs for shard in manifest.shards] == [5, 5, 5, 5, 3]
         found = by_place(store, PAIRS)
     expected = set()
     for number, pair in enumerate(PAIRS):
@@ -278,7 +278,7 @@ def test_little_of_the_batches_that_a_model_gets_is_padding(
         return keys(batch)
 
     monkeypatch.setattr(backbone, "keys", counted)
-    build_datastore(backbone, replace(config, max_tokens=8192, max_padding=0.07, shard_entries=1 << 20))
+    build_datastore(backbone, replace(config, max_tokens=8192, max_padding=0.07, shard_pairs=1 << 14))
     assert 0 < padded - real <= 0.07 * padded
 
 
@@ -287,7 +287,7 @@ def test_padding_beyond_all_is_refused(config: DatastoreConfig) -> None:
         replace(config, max_padding=1.5)
 
 
-@pytest.mark.parametrize("name", ["max_tokens", "shard_entries"])
+@pytest.mark.parametrize("name", ["max_tokens", "shard_pairs"])
 def test_sizes_under_1_are_refused(config: DatastoreConfig, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0, expected 1 or more"):
         replace(config, **{name: 0})

@@ -27,7 +27,7 @@ PAIRS = corpus_pairs(23)
 @pytest.fixture
 def config(tmp_path: Path) -> DatastoreConfig:
     return DatastoreConfig(
-        tmp_path / "store", write_corpus(tmp_path / "corpus.jsonl", PAIRS), max_tokens=100, shard_entries=60
+        tmp_path / "store", write_corpus(tmp_path / "corpus.jsonl", PAIRS), max_tokens=100, shard_pairs=5
     )
 
 
@@ -173,7 +173,7 @@ def test_a_build_that_was_stopped_tokenizes_and_encodes_only_the_rest(
     ("change", "message"),
     [
         ({"max_tokens": 99}, "max_tokens 100 against 99"),
-        ({"shard_entries": 61}, "shard_entries 60 against 61"),
+        ({"shard_pairs": 6}, "shard_pairs 5 against 6"),
         ({"libraries": {"torch": "0.1"}}, "torch .* against 0.1"),
     ],
 )

@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def config_of(work: crash.Work, folder: Path, corpus: Path | None = None) -> DatastoreConfig:
-    return DatastoreConfig(folder, CorpusFile(corpus or work.corpus), 200, shard_entries=work.shard_entries)
+    return DatastoreConfig(folder, CorpusFile(corpus or work.corpus), 200, shard_pairs=work.shard_pairs)
 
 
 def build_as(rank: int, port: int, model: Path, builds: list[tuple[DatastoreConfig, str]], tell: Connection) -> None:
@@ -165,7 +165,7 @@ def script_config(crashes: crash.Crashes, folder: Path) -> Path:
         "backbone": {"model": crashes.work.model, "device": "cpu"},
         "datastore": {
             "folder": folder, "corpus": {"path": crashes.work.corpus}, "max_tokens": 200,
-            "shard_entries": crashes.work.shard_entries,
+            "shard_pairs": crashes.work.shard_pairs,
         },
         "index": {
             "factory": crash.INDEX.factory, "chunk": crash.INDEX.chunk, "part_entries": crash.INDEX.part_entries

@@ -4,7 +4,7 @@ import json
 import logging
 import shutil
 from dataclasses import replace
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -87,9 +87,10 @@ def test_every_index_finds_appended_entries_at_once(built: Path, grown: Path, na
         index, report = open_index(store, name), read_report(store, name)
         keys = np.concatenate(list(store.key_chunks()))[before:].astype(np.float32)
         distances, ids = index.search(keys, 4, nprobe=4)
-        hits = [(ids == entry).any() for ids, entry in zip(ids, range(before, len(store)), strict=True)]
-        assert np.mean(hits) > 0.9  # several entries may have the same key
-        if name in ("flat", "ivf", "graph"):  # the others estimate distances
+        new = np.maximum(ids - before, 0)
+        hits = (ids >= before) & (keys[new] == keys[:, None]).all(2)  # several entries may have the same key
+        assert np.mean(hits.any(1)) > 0.9
+        if name in ("flat", "ivf"):  # the others estimate distances, or miss some of them
             assert distances[:, 0].max() < 1e-3
         assert (report.entries, report.added, len(index)) == (len(store), len(store) - before, len(store))
         if lists is not None:
@@ -199,7 +200,7 @@ def test_a_compacted_store_is_one_built_with_the_remaining_pairs(
     assert verify(folder) == []
     shards = change.manifest.shards
     assert sorted(path.name for path in folder.glob("*.h5")) == [shard.file for shard in shards]
-    assert all(one.entries + next_one.entries > 60 for one, next_one in pairwise(shards))
+    assert [shard.pairs for shard in shards[:-1]] == [4] * (len(shards) - 1) and shards[-1].pairs <= 4
     assert not list(folder.glob("removed*")) and not (folder / BUILDING).exists()
     with Datastore(folder) as store, build_store(backbone, folder.parent / "whole", rest) as whole:
         by_place(store, [*OLD, *NEW])
@@ -220,7 +221,7 @@ def test_a_compacted_store_is_one_built_with_the_remaining_pairs(
 def test_training_again_is_advised_when_an_index_has_changed_much(
     backbone: KeyedModel, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    same = [Pair(f"{number} Datei", "file", "same") for number in range(150)]
+    same = [Pair(f"{number} Datei", ".", "same") for number in range(400)]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         append_pairs(backbone, appending(folder, NEW[:2]))

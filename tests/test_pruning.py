@@ -46,7 +46,7 @@ NOTHING: list[PruningRule] = [RandomPruning(share=0), KnowledgeMarginPruning(sha
 @pytest.fixture
 def folder(backbone: KeyedModel, tmp_path: Path) -> Path:
     """A datastore of a tiny model in several shards, with an exact index."""
-    with build_store(backbone, tmp_path / "store", PAIRS, shard_entries=150) as store:
+    with build_store(backbone, tmp_path / "store", PAIRS, shard_pairs=12) as store:
         build_index(store, FLAT)
     return tmp_path / "store"
 
@@ -281,7 +281,7 @@ def test_what_cannot_be_is_refused(backbone: KeyedModel, folder: Path, tmp_path:
 
 def test_a_build_does_not_take_a_pruned_store_for_its_own(backbone: KeyedModel, folder: Path, tmp_path: Path) -> None:
     prune(folder, tmp_path / "new", RandomPruning(share=0.5), index=FLAT)
-    config = DatastoreConfig(tmp_path / "new", CorpusFile(folder / "corpus.jsonl"), max_tokens=128, shard_entries=150)
+    config = DatastoreConfig(tmp_path / "new", CorpusFile(folder / "corpus.jsonl"), max_tokens=128, shard_pairs=12)
     with pytest.raises(DatastoreError, match="pruned 1 times against 0"):
         build_datastore(backbone, config)
 

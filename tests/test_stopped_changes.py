@@ -150,7 +150,7 @@ def append_until_killed(model: str, config: DatastoreConfig, steps: int) -> None
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_an_append_that_is_killed_continues_after_its_last_whole_shard(backbone: KeyedModel, folder: Path) -> None:
-    config = replace(appending(folder), shard_entries=20)
+    config = replace(appending(folder), shard_pairs=2)
     before = Manifest.load(folder)
     process = get_context("spawn").Process(target=append_until_killed, args=(backbone.name, config, 6))
     process.start()

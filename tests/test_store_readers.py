@@ -39,7 +39,7 @@ NAMES = ("flat", "parts")
 def built(backbone: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store of several shards with two indexes, one of them in parts; to be left as it is."""
     folder = tmp_path_factory.mktemp("built") / "store"
-    with build_store(backbone, folder, PAIRS, shard_entries=10) as store:
+    with build_store(backbone, folder, PAIRS, shard_pairs=1) as store:
         build_index(store, IndexConfig("Flat", name="flat"))
         build_index(store, IndexConfig("IVF2,SQ8", name="parts", layout="shards", part_entries=20))
     return folder
@@ -52,7 +52,7 @@ def folder(built: Path, tmp_path: Path) -> Path:
 
 def append(backbone: KeyedModel, folder: Path, number: int = 0) -> None:
     corpus = write_corpus(folder.parent / "new.jsonl", [Pair(f"neu {number}", "new file", f"new-{number}")])
-    append_pairs(backbone, DatastoreConfig(folder, corpus, max_tokens=100, shard_entries=10))
+    append_pairs(backbone, DatastoreConfig(folder, corpus, max_tokens=100, shard_pairs=1))
 
 
 def assert_consistent(memory: DatastoreMemory, rescore: int) -> None:

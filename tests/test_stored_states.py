@@ -46,11 +46,11 @@ def still(folder: Path, to: Path) -> Path:
     return to
 
 
-def states_of(model: Path, folder: Path, pairs: list[Pair] = PAIRS, shard_entries: int = 200, **languages: str) -> Path:
+def states_of(model: Path, folder: Path, pairs: list[Pair] = PAIRS, shard_pairs: int = 8, **languages: str) -> Path:
     """A datastore of the states of some pairs, in several shards."""
     backbone = load_model(str(model), key_type="ffn_residual", device="cpu", **languages)
     corpus = write_corpus(folder.parent / f"{folder.name}.jsonl", pairs)
-    build_datastore(backbone, DatastoreConfig(folder, corpus, max_tokens=256, shard_entries=shard_entries))
+    build_datastore(backbone, DatastoreConfig(folder, corpus, max_tokens=256, shard_pairs=shard_pairs))
     return folder
 
 
@@ -205,7 +205,7 @@ def test_rekeying_gives_the_datastore_that_the_whole_model_builds(
     tuned = load_model(str(fine_tuned(folder, tmp_path / "tuned", **languages)), device="cpu", **languages)
     built = rekey(tuned, RekeyConfig(states, tmp_path / "rekeyed"))
     corpus = write_corpus(tmp_path / "corpus.jsonl", PAIRS)
-    config = DatastoreConfig(tmp_path / "built", corpus, max_tokens=256, shard_entries=200)
+    config = DatastoreConfig(tmp_path / "built", corpus, max_tokens=256, shard_pairs=8)
     build_datastore(tuned, config)
     assert built.encoded == built.manifest.entries and verify(tmp_path / "rekeyed") == []
     with Datastore(tmp_path / "rekeyed") as ours, Datastore(tmp_path / "built") as theirs:

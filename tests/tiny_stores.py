@@ -35,11 +35,11 @@ def write_corpus(path: Path, pairs: Sequence[Pair]) -> CorpusFile:
     return CorpusFile(path)
 
 
-def build_store(backbone: KeyedModel, folder: Path, pairs: Sequence[Pair], shard_entries: int = 1 << 20) -> Datastore:
+def build_store(backbone: KeyedModel, folder: Path, pairs: Sequence[Pair], shard_pairs: int = 1 << 14) -> Datastore:
     """A datastore of some pairs, open."""
     folder.mkdir(parents=True)
     corpus = write_corpus(folder / "corpus.jsonl", pairs)
-    build_datastore(backbone, DatastoreConfig(folder, corpus, max_tokens=128, shard_entries=shard_entries))
+    build_datastore(backbone, DatastoreConfig(folder, corpus, max_tokens=128, shard_pairs=shard_pairs))
     return Datastore(folder)
 
 
@@ -61,7 +61,7 @@ def write_store(
         shards.append(ShardInfo(path.name, size, size, file_sha256(path)))
         start += size
     provenance = Provenance("by hand", "0" * 64, "1" * 64, "decoder_output", keys.shape[1], None, None)
-    Manifest(provenance, "none", file_sha256(folder / shards[0].file), {}, max(sizes), tuple(shards)).save(folder)
+    Manifest(provenance, "none", file_sha256(folder / shards[0].file), {}, None, tuple(shards)).save(folder)
     return Datastore(folder)
 
 

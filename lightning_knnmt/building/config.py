@@ -33,7 +33,7 @@ class DatastoreConfig:
         corpus: The parallel corpus; `train.jsonl` of `prepare_data.py`, or any format that the readers know.
         max_tokens: Most tokens of a batch on either side, padding counted.
         max_padding: Largest share of a shard's batches that may be padding; less makes more and smaller batches.
-        shard_entries: Most entries of a shard, if one pair has no more; the sentences of two shards are held in memory.
+        shard_pairs: Pairs of a shard, of which the sentences of two are held in memory; fewer where texts are long.
         overwrite: Replace a datastore that was built from something else; otherwise that is an error.
     """
 
@@ -41,12 +41,12 @@ class DatastoreConfig:
     corpus: CorpusFile
     max_tokens: int = 8192
     max_padding: float = 0.04
-    shard_entries: int = 1 << 20
+    shard_pairs: int = 1 << 14
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
-        check_at_least(1, max_tokens=self.max_tokens, shard_entries=self.shard_entries)
+        check_at_least(1, max_tokens=self.max_tokens, shard_pairs=self.shard_pairs)
         check_share(max_padding=self.max_padding)
 
 

@@ -1,6 +1,7 @@
 """From a parallel corpus to a datastore, in one teacher-forced pass that can be stopped and continued at any time."""
 
 import logging
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -8,14 +9,11 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.config import DatastoreConfig, Destination
-from lightning_knnmt.building.encoder import TOKENIZED_AT_ONCE, Item, Tokenized, cut, one_ahead, write_shard
-from lightning_knnmt.data.pairs import Pair
+from lightning_knnmt.building.encoder import Item, Tokenized, in_shards, one_ahead, write_shard
 from lightning_knnmt.data.readers import CorpusFile, MalformedCorpusError, ReadReport, msgid_side, read_pairs
 from lightning_knnmt.datastore.manifest import Manifest, Provenance, ShardInfo, finish_building
 from lightning_knnmt.storage.errors import DatastoreError
@@ -56,8 +54,9 @@ def build_datastore(model: KeyedModel, config: DatastoreConfig, ranks: Ranks = R
     manifest so far, and is renamed to `manifest.json` when nothing is missing. One that is replaced is gone from the
     moment encoding begins; only then is the corpus read through before, so that a malformed one shows in time.
 
-    Several ranks write whole shards in turn: which pairs a shard holds does not depend on how many there are, so the
-    bytes are those that one process writes, and another number of processes can continue.
+    The corpus is read once. Several ranks write whole shards in turn, and each reads it and tokenizes the pairs of its
+    own shards: which pairs a shard holds does not depend on how many ranks there are, so the bytes are those that one
+    process writes, and another number of processes can continue.
 
     Args:
         model: Whose states become the keys.
@@ -78,9 +77,10 @@ def build_datastore(model: KeyedModel, config: DatastoreConfig, ranks: Ranks = R
         corpus=config.corpus.path.name,
         corpus_sha256=corpus_sha256(config.corpus),
         reading=_reading(config.corpus),
-        shard_entries=config.shard_entries,
+        shard_entries=None,
         shards=(),
         encoding=_encoding(model, config),
+        shard_pairs=config.shard_pairs,
     )
     for rank, other in enumerate(ranks.each(lambda: planned)):
         if differences := _differences(other, planned, to_the_bit=True):
@@ -93,12 +93,10 @@ def build_datastore(model: KeyedModel, config: DatastoreConfig, ranks: Ranks = R
         if (kept := ranks.first(find)) is not None:  # another process has just made it
             return DatastoreBuild(kept, 0, kept=True)
         begun, replaces = ranks.first(lambda: begun_datastore(planned, config))
-        spans = None if ranks.size == 1 else _spans(model, config, begun.pairs, ranks)
-        if spans is None and replaces:
-            for _ in read_pairs(config.corpus):
-                pass
 
         def begin() -> None:
+            if replaces:
+                deque(read_pairs(config.corpus), maxlen=0)
             begun.save(folder, BUILDING)
             (folder / MANIFEST).unlink(missing_ok=True)
             sync_folder(folder)
@@ -106,75 +104,34 @@ def build_datastore(model: KeyedModel, config: DatastoreConfig, ranks: Ranks = R
 
         ranks.first(begin)
         report = ReadReport()
-        numbered = enumerate(model.split_pairs(read_pairs(config.corpus, report)))
-        if spans is None:  # shards are cut while their pairs are read
-            tokenized = Tokenized(model, islice(numbered, begun.pairs, None))
-            shards = cut(tokenized, lambda item: len(item.tgt), config.shard_entries)
-        else:
-            tokenized = Tokenized(model, _pairs_of(numbered, spans[ranks.rank :: ranks.size]))
-            shards = _cut_at(iter(tokenized), spans[ranks.rank :: ranks.size])
-        total = None if spans is None else spans[-1].stop if spans else begun.pairs
+        missing = islice(enumerate(model.split_pairs(read_pairs(config.corpus, report))), begun.pairs, None)
+        own = (each for each in missing if (each[0] - begun.pairs) // config.shard_pairs % ranks.size == ranks.rank)
+        tokenized = Tokenized(model, own)
         try:
-            manifest = encode_rest(model, config, begun, total, shards, ranks)
+            manifest = encode_rest(model, config, begun, in_shards(tokenized, config.shard_pairs), ranks)
         except MalformedCorpusError:
             if ranks.rank == 0 and not Manifest.load(folder, BUILDING).shards:  # there is nothing to continue from
                 (folder / BUILDING).unlink()
             raise
         ranks.first(lambda: finish_building(folder))
         cut_texts = sum(ranks.each(lambda: tokenized.cut))
-    if spans is None:
-        log.info("%s: %s", config.corpus.path, report)
+    log.info("%s: %s", config.corpus.path, report)
+    if 0 < len(manifest.shards) - len(begun.shards) < ranks.size:
+        log.warning(
+            "%d shards of up to %d pairs left some of %d processes idle; ask for fewer shard_pairs",
+            len(manifest.shards) - len(begun.shards), config.shard_pairs, ranks.size,
+        )  # fmt: skip
     log.info("%s: %d entries of %d pairs in %d shards", folder, manifest.entries, manifest.pairs, len(manifest.shards))
     return DatastoreBuild(manifest, manifest.entries - begun.entries, kept=False, cut=cut_texts)
-
-
-def _spans(model: KeyedModel, config: DatastoreConfig, first: int, ranks: Ranks) -> list[range]:
-    """The pairs of each shard that is missing, from the first pair on.
-
-    Several processes must know where shards begin before they can share them out: each reads the corpus once for that,
-    tokenizes every so many-th block of it, and tells the others how many entries its pairs have.
-    """
-    report = ReadReport()
-    pairs = islice(model.split_pairs(read_pairs(config.corpus, report)), first, None)
-    own = []
-    for number, rows in enumerate(iter(lambda: list(islice(pairs, TOKENIZED_AT_ONCE)), [])):
-        if number % ranks.size == ranks.rank:
-            ids = model.tokenize([pair.src for pair in rows], [pair.tgt for pair in rows])
-            own.append(np.array([len(row) for row in ids.tgt], np.int32))
-    told: list[list[NDArray[np.int32]]] = ranks.each(lambda: own)
-    blocks = [told[number % ranks.size][number // ranks.size] for number in range(sum(map(len, told)))]
-    lengths = np.concatenate([np.empty(0, np.int32), *blocks])
-    groups = cut(range(len(lengths)), lambda row: int(lengths[row]), config.shard_entries)
-    spans = [range(first + group[0], first + group[-1] + 1) for group in groups]
-    log.info("%s: %s", config.corpus.path, report)
-    if len(spans) < ranks.size:
-        log.warning(
-            "%d shards of up to %d entries leave some of %d processes idle; ask for fewer shard_entries",
-            len(spans), config.shard_entries, ranks.size,
-        )  # fmt: skip
-    return spans
-
-
-def _pairs_of(numbered: Iterator[tuple[int, Pair]], spans: list[range]) -> Iterator[tuple[int, Pair]]:
-    """The numbered pairs of some spans."""
-    position = 0
-    for span in spans:
-        yield from islice(numbered, span.start - position, span.stop - position)
-        position = span.stop
-
-
-def _cut_at(items: Iterator[Item], spans: list[range]) -> Iterator[list[Item]]:
-    for span in spans:
-        yield list(islice(items, len(span)))
 
 
 def encode_rest(
     model: KeyedModel,
     config: DatastoreConfig,
     begun: Manifest,
-    total: int | None,
     shards: Iterator[list[Item]],
     ranks: Ranks = Ranks(),
+    total: int | None = None,
 ) -> Manifest:
     """Add the missing shards, of which each rank writes one in every round.
 
@@ -182,9 +139,9 @@ def encode_rest(
         model: The model.
         config: Folder and sizes.
         begun: What there is; grows in `building.json`.
-        total: Pairs of the whole datastore, where that is known before they are read.
         shards: The pairs of each further shard that falls to this rank.
         ranks: This process's place.
+        total: Pairs of the whole datastore, where that is known before they are read.
     """
     folder = config.folder
     label = f"encode {config.corpus.path.name}"
@@ -306,8 +263,8 @@ def _differences(existing: Manifest, planned: Manifest, to_the_bit: bool = False
         differences.append(f"pruned {len(existing.pruned)} times against {len(planned.pruned)}")
     compared = [("corpus.", existing.reading, planned.reading)]
     if to_the_bit:
-        if existing.shard_entries != planned.shard_entries:
-            differences.append(f"shard_entries {existing.shard_entries} against {planned.shard_entries}")
+        if existing.shard_pairs != planned.shard_pairs:
+            differences.append(f"shard_pairs {existing.shard_pairs} against {planned.shard_pairs}")
         libraries = {name: planned.libraries.get(name) for name in ENCODING_LIBRARIES}
         compared += [("", existing.encoding, planned.encoding), ("", existing.libraries, libraries)]
     for prefix, there, wanted in compared:

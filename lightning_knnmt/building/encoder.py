@@ -60,22 +60,16 @@ class Tokenized:
             del rows, ids, pair
 
 
-def cut(items: Iterable[T], entries_of: Callable[[T], int], shard_entries: int) -> Iterator[list[T]]:
-    """Group items in their order into shards, each as full as it can be.
+def in_shards(items: Iterable[T], shard_pairs: int) -> Iterator[list[T]]:
+    """So many items at a time, in their order.
 
-    >>> list(cut(["a", "bb", "cc", "dddddd", "e"], len, shard_entries=4))
-    [['a', 'bb'], ['cc'], ['dddddd'], ['e']]
+    >>> list(in_shards("abcde", 2))
+    [['a', 'b'], ['c', 'd'], ['e']]
     """
-    shard: list[T] = []
-    entries = 0
-    for item in items:
-        if shard and entries + entries_of(item) > shard_entries:
-            yield shard
-            shard, entries = [], 0
-        shard.append(item)
-        entries += entries_of(item)
-    if shard:
+    items = iter(items)
+    while shard := list(islice(items, shard_pairs)):
         yield shard
+        del shard  # or three would be in memory
 
 
 def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:

@@ -19,6 +19,8 @@ WRITTEN_IF_SET = (
     "appended",
     "removed",
     "pruned",
+    "shard_entries",
+    "shard_pairs",
 )  # fields that a store which was never changed does not have
 
 
@@ -126,7 +128,7 @@ class Manifest:
         corpus: File name of the corpus.
         corpus_sha256: Its checksum.
         reading: How its pairs were read, as options of the readers.
-        shard_entries: Most entries of a shard, as asked for.
+        shard_entries: Most entries of a shard, in a store of an earlier version; otherwise None.
         shards: The shards, in order.
         encoding: What else the last bits of the keys depend on: batches, type and place of the weights.
         libraries: Versions at the time of building.
@@ -134,13 +136,14 @@ class Manifest:
         appended: What was added by that.
         removed: Where it says which entries were removed and are still in the shards.
         pruned: How it came from a larger datastore, if it did; several times, the last one last.
+        shard_pairs: Pairs of a shard, as asked for; the last one has fewer.
     """
 
     provenance: Provenance
     corpus: str
     corpus_sha256: str
     reading: dict[str, Any]
-    shard_entries: int
+    shard_entries: int | None
     shards: tuple[ShardInfo, ...]
     encoding: dict[str, Any] = field(default_factory=dict)
     libraries: dict[str, str] = field(default_factory=library_versions)
@@ -148,6 +151,7 @@ class Manifest:
     appended: tuple[AppendedCorpus, ...] = ()
     removed: RemovedInfo | None = None
     pruned: tuple[PrunedInfo, ...] = ()
+    shard_pairs: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -166,6 +170,11 @@ class Manifest:
     def pairs(self) -> int:
         """Sentence pairs of all shards."""
         return sum(shard.pairs for shard in self.shards)
+
+    @property
+    def pairs_of_a_shard(self) -> int:
+        """Most pairs of a shard."""
+        return self.shard_pairs or max((shard.pairs for shard in self.shards), default=1)
 
     @property
     def is_changed(self) -> bool:
@@ -214,6 +223,7 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> tuple[Manifest, str]:
         content = read_sealed(path)
         removed = content.pop("removed", None)
         fingerprint = content_sha256(content)
+        content.setdefault("shard_entries", None)
         content["provenance"] = Provenance(**content["provenance"])
         content["shards"] = tuple(ShardInfo(**shard) for shard in content["shards"])
         content["appended"] = tuple(AppendedCorpus(**corpus) for corpus in content.get("appended", ()))

@@ -77,7 +77,7 @@ def measure_encoding(model: KeyedModel, config: DatastoreConfig, pairs: int, fol
 
     encode(batches[:1], "warm-up.h5")
     shard, rows, seconds = encode(batches[min(step // 2, len(batches) - 1) :: step], shard_file(0))
-    Manifest(Provenance.of(model), "a sample", shard.sha256, {}, shard.entries, (shard,)).save(folder)
+    Manifest(Provenance.of(model), "a sample", shard.sha256, {}, None, (shard,)).save(folder)
     numbers = shard.entries * (2 * model.key_size + 4)  # bytes of fp16 keys, and values
     tokens = float((src + tgt).sum() / tgt.sum())  # of both sides for each entry
     return EncodingRates(

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from lightning_knnmt.building.config import DatastoreConfig
 from lightning_knnmt.building.index import part_ranges
 from lightning_knnmt.building.plan.encoding import EncodingRates
@@ -27,9 +29,9 @@ class Size:
 
     @property
     def shards(self) -> list[int]:
-        """Entries of each shard."""
-        most = self.datastore.shard_entries
-        return [min(most, self.entries - first) for first in range(0, self.entries, most)]
+        """Entries of each shard, if all pairs have as many."""
+        starts = [*range(0, self.pairs, self.datastore.shard_pairs), self.pairs]
+        return np.diff([start * self.entries // self.pairs for start in starts]).tolist()
 
     @property
     def parts(self) -> list[int]:
@@ -118,9 +120,8 @@ def predict(size: Size, encoding: EncodingRates, index: IndexRates, entries_erro
 def _stages(size: Size, encoding: EncodingRates, index: IndexRates, disk: Disk) -> tuple[Stage, ...]:
     """The time of each stage; a machine takes whole shards and whole parts, and the first one does the rest."""
     shards, parts = (_busiest(pieces, size.machines) for pieces in (size.shards, size.parts))
-    times = 1 if size.machines == 1 else 2  # that pairs are read and tokenized: several first find where shards begin
-    read = times * encoding.read * size.entries  # everything by each machine
-    encode = (encoding.encode + times * encoding.tokenize) * size.entries
+    read = encoding.read * size.entries  # everything by each machine
+    encode = (encoding.encode + encoding.tokenize) * size.entries
     train = index.kmeans * kmeans_work(size.train_points, size.nlist, size.key_size) + index.codes
     add, write = index.add * size.entries, index.write * disk.index
     parted = index.write * disk.temporary if size.merges else write  # seconds to write what each machine writes
