@@ -376,7 +376,8 @@ def make_quick(options: argparse.Namespace, scratch: Path) -> None:
     for split, most in (("train", 240), ("validation", 40), ("test", 8)):
         lines = (options.data / f"{split}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
         (data / f"{split}.jsonl").write_text("".join(lines[:: max(1, len(lines) // most)][:most]), encoding="utf-8")
-    options.out, options.data, options.steps, options.max_tokens = scratch / "out", data, min(options.steps, 12), 200
+    options.out, options.data, options.steps, options.max_tokens = scratch / "out", data, min(options.steps, 40), 200
+    options.freeze_projection = True
     options.sample_nlist = 4
 
 
