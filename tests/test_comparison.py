@@ -50,7 +50,7 @@ class Scripted:
 
     def __init__(self, runs: Sequence[tuple[list[str], float, float]], order: list[str], name: str) -> None:
         self.runs, self.order, self.name = list(runs), order, name
-        self.decoding = Decoding(batch_size=5)
+        self.decoding, self.batch_size = Decoding(), 5
 
     def translate(self, sources: Sequence[str]) -> Translations:
         self.order.append(self.name)
