@@ -8,6 +8,7 @@ factor of the base model over that of the last variant where the base model's is
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -173,16 +174,21 @@ def keys_and_tokens(model: PretrainedModel, states: Path) -> tuple[torch.Tensor,
         return torch.cat(parts), torch.from_numpy(store.values).long()
 
 
+def way_of(row: dict[str, Any]) -> tuple[str, int, str]:
+    """Metric, number of lists, and what k-means was trained on."""
+    return row["metric"], row["nlist"], row["sample"]
+
+
 @torch.inference_mode()
 def measure_lists(variant: Variant, folder: Path, options: argparse.Namespace) -> None:
     """Imbalance factor and codes scanned, by metric, number of lists, and what k-means is trained on, into lists.json.
 
-    Ways of making lists whose figures are there are not measured again.
+    Figures are medians of several runs of k-means. Ways of making lists whose figures are there are not measured again.
     """
     path = folder / "lists.json"
     rows = json.loads(path.read_text(encoding="utf-8"))["lists"] if path.exists() else []
     samples = ["uniform", *(f"shortest {share:.0%}" for share in options.shortest)]
-    there = {(row["metric"], row["nlist"], row["sample"]) for row in rows}
+    there = {way_of(row) for row in rows if len(row["imbalance_factors"]) >= options.kmeans}
     ways = [
         (metric, nlist, sample)
         for metric, nlist, sample in product(options.metrics, options.nlist, samples)
@@ -203,12 +209,17 @@ def measure_lists(variant: Variant, folder: Path, options: argparse.Namespace) -
             continue
         metric, unit = METRICS[label]
         seen = seen_by(sample, metric).contiguous().numpy()
-        centroids = torch.from_numpy(metric_centroids(seen, nlist, metric, unit, options.seed))
-        health = index_health(keys, tokens, queries, centroids, options.nprobe, metric=metric)
-        values = {key: float(value) for key, value in health.values.items()}
-        values["codes_scanned"] /= len(keys)
-        values["largest_list"] = float(health.sizes.max() / health.sizes.float().mean())
-        rows.append({"metric": label, "nlist": nlist, "sample": name, "training_points": len(sample), **values})
+        health = [
+            index_health(keys, tokens, queries, torch.from_numpy(centroids), options.nprobe, metric=metric)
+            for seed in range(options.seed, options.seed + options.kmeans)
+            for centroids in [metric_centroids(seen, nlist, metric, unit, seed)]
+        ]
+        row: dict[str, Any] = {"metric": label, "nlist": nlist, "sample": name, "training_points": len(sample)}
+        for key in health[0].values:
+            row[key] = statistics.median(float(each.values[key]) for each in health)
+        row["codes_scanned"] /= len(keys)
+        row["imbalance_factors"] = [float(each.values["imbalance_factor"]) for each in health]
+        rows = [each for each in rows if way_of(each) != way_of(row)] + [row]
         result = {"variant": asdict(variant), "keys": len(keys), "nprobe": options.nprobe, "lists": rows}
         common.write_json(path, result | common.environment())
 
@@ -271,17 +282,24 @@ def rows_by_way(result: dict[str, Any]) -> dict[tuple[str, int, str], dict[str, 
         result["lists"],
         key=lambda row: (labels.index(row["metric"]), row["nlist"], row["sample"] != "uniform", row["sample"]),
     )
-    return {(row["metric"], row["nlist"], row["sample"]): row for row in rows}
+    return {way_of(row): row for row in rows}
 
 
 def lists_table(results: dict[str, dict[str, Any]]) -> str:
-    """Imbalance factor and share of the keys that a query scans, a row for each way of making lists."""
+    """Imbalance factor, its range where k-means ran more than once, and share of the keys that a query scans."""
+
+    def cell(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        factors = row["imbalance_factors"]
+        spread = f"{min(factors):.1f} to {max(factors):.1f}; " if len(factors) > 1 else ""
+        return f"{row['imbalance_factor']:.2f} ({spread}{row['codes_scanned']:.1%})"
+
     by_way = {name: rows_by_way(result) for name, result in results.items()}
     rows = [["metric", "lists", "k-means on", *results]]
     for way in max(by_way.values(), key=len):
         found = [each.get(way) for each in by_way.values()]
-        cells = ["" if row is None else f"{row['imbalance_factor']:.2f} ({row['codes_scanned']:.2%})" for row in found]
-        rows.append([way[0], f"{way[1]:,}", way[2], *cells])
+        rows.append([way[0], f"{way[1]:,}", way[2], *map(cell, found)])
     return table(rows)
 
 
@@ -358,6 +376,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--nprobe", type=int, default=8)
     parser.add_argument("--nlist", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--metrics", nargs="+", choices=list(METRICS), default=list(METRICS), help="of the lists")
+    parser.add_argument("--kmeans", type=int, default=1, help="runs of k-means, whose median is taken", metavar="RUNS")
     parser.add_argument("--shortest", type=float, nargs="*", default=[0.01, 0.02, 0.06], help="shares of the keys")
     options = parser.parse_args(arguments)
     common.set_threads(options.threads)
