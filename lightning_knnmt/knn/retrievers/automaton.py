@@ -57,9 +57,7 @@ class Automaton(WholeStore):
         self.min_pointers = min_pointers
         self.followed = 0
         self._last = no_neighbors(0, k)  # of each text
-        self._position = torch.empty(
-            0, dtype=torch.long
-        )  # of the token whose neighbors these are  # [text -> position]
+        self._position = torch.empty(0, dtype=torch.long)  # [text -> position of the token whose neighbors these are]
 
     def bind(self, model: "KeyedModel", memory: Memory) -> None:
         """Search this memory from now on.
