@@ -124,7 +124,7 @@ def test_after_a_row_that_did_not_search_there_is_nothing_to_follow() -> None:
 
 
 def test_the_entry_after_another_is_told_within_a_text_only(tmp_path: Path, backbone: KeyedModel) -> None:
-    with build_store(backbone, tmp_path / "store", corpus_pairs(12), shard_entries=20) as datastore:
+    with build_store(backbone, tmp_path / "store", corpus_pairs(12), shard_pairs=2) as datastore:
         build_index(datastore, IndexConfig("Flat"))
         places = [(c.number, c.position) for c in map(datastore.context, range(len(datastore)))]
     with open_memory(tmp_path / "store") as memory:

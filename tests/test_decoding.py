@@ -79,7 +79,7 @@ class Broken(Proposals):
 @pytest.fixture(scope="module")
 def store(tiny_backbone: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
     """A flat-indexed datastore of every tiny model in turn."""
-    with build_store(tiny_backbone, tmp_path_factory.mktemp("stores") / "store", corpus_pairs(20), 150) as store:
+    with build_store(tiny_backbone, tmp_path_factory.mktemp("stores") / "store", corpus_pairs(20), 15) as store:
         build_index(store, IndexConfig("Flat"))
         yield store
 
@@ -91,7 +91,7 @@ def marian(marian_folder: Path) -> KeyedModel:
 
 @pytest.fixture(scope="module")
 def marian_store(marian: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
-    with build_store(marian, tmp_path_factory.mktemp("stores") / "marian", corpus_pairs(20), 150) as store:
+    with build_store(marian, tmp_path_factory.mktemp("stores") / "marian", corpus_pairs(20), 15) as store:
         build_index(store, IndexConfig("Flat"))
         yield store
 
@@ -323,8 +323,8 @@ def test_an_empty_datastore_is_the_plain_model(marian: KeyedModel, tmp_path: Pat
 
 def test_shards_translate_as_one_file_does(marian: KeyedModel, tmp_path: Path) -> None:
     texts = []
-    for name, entries in (("whole", 10_000), ("parts", 30)):
-        with build_store(marian, tmp_path / name, corpus_pairs(20), entries) as store:
+    for name, shard_pairs in (("whole", 100), ("parts", 3)):
+        with build_store(marian, tmp_path / name, corpus_pairs(20), shard_pairs) as store:
             assert (len(store.manifest.shards) > 4) == (name == "parts")
             build_index(store, IndexConfig("Flat"))
             texts.append(translator(marian, store, 4, 3).translate(SOURCES).texts)

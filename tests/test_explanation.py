@@ -33,7 +33,7 @@ def marian(marian_folder: Path) -> KeyedModel:
 
 @pytest.fixture(scope="module")
 def memory(marian: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DatastoreMemory]:
-    with build_store(marian, tmp_path_factory.mktemp("explanation") / "store", corpus_pairs(30), 60) as store:
+    with build_store(marian, tmp_path_factory.mktemp("explanation") / "store", corpus_pairs(30), 6) as store:
         build_index(store, IndexConfig("Flat"))
         build_index(store, IndexConfig("IVF2,PQ2x4fs", name="coarse"))
         yield DatastoreMemory(store, open_index(store))

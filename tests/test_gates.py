@@ -32,7 +32,7 @@ def marian(marian_folder: Path) -> KeyedModel:
 
 @pytest.fixture(scope="module")
 def memory(marian: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DatastoreMemory]:
-    with build_store(marian, tmp_path_factory.mktemp("gates") / "store", corpus_pairs(20), 150) as store:
+    with build_store(marian, tmp_path_factory.mktemp("gates") / "store", corpus_pairs(20), 15) as store:
         build_index(store, IndexConfig("Flat"))
         yield DatastoreMemory(store, open_index(store))
 

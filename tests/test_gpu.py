@@ -59,7 +59,7 @@ def on_gpu(marian_folder: Path) -> KeyedModel:
 @pytest.fixture(scope="module")
 def store(on_cpu: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
     """Built on the CPU, with an index."""
-    with build_store(on_cpu, tmp_path_factory.mktemp("gpu") / "store", PAIRS, 100) as store:
+    with build_store(on_cpu, tmp_path_factory.mktemp("gpu") / "store", PAIRS, 10) as store:
         build_index(store, IndexConfig("IVF4,Flat", train_points=160))
         yield store
 
@@ -80,7 +80,7 @@ def test_a_datastore_and_index_built_on_the_gpu_are_those_of_the_cpu(
     on_cpu: KeyedModel, on_gpu: KeyedModel, store: Datastore, tmp_path: Path
 ) -> None:
     assert on_gpu.device.type == GPU
-    with build_store(on_gpu, tmp_path / "store", PAIRS, 100) as other:
+    with build_store(on_gpu, tmp_path / "store", PAIRS, 10) as other:
         other.check(on_cpu)
         assert len(other.manifest.shards) == len(store.manifest.shards) > 1
         assert other.values.tolist() == store.values.tolist()

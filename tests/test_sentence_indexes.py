@@ -56,7 +56,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def store_of(tmp_path: Path, backbone: KeyedModel, bert: Path) -> Callable[[str], Path]:
     def make(by: str) -> Path:
         folder = tmp_path / by
-        with build_store(backbone, folder, PAIRS, 150) as store:
+        with build_store(backbone, folder, PAIRS, 15) as store:
             build(store, IndexConfig("Flat"))
             build_sentences(store, config_of(by, bert), backbone)
         return folder

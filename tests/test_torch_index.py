@@ -103,7 +103,7 @@ def test_what_torch_cannot_search_is_refused() -> None:
 
 @pytest.fixture
 def store(backbone: KeyedModel, tmp_path: Path) -> Iterator[Datastore]:
-    with build_store(backbone, tmp_path / "store", corpus_pairs(20), 150) as store:
+    with build_store(backbone, tmp_path / "store", corpus_pairs(20), 15) as store:
         build_index(store, IndexConfig("Flat"))
         yield store
 

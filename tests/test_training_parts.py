@@ -44,7 +44,7 @@ def marian(marian_folder: Path) -> KeyedModel:
 
 @pytest.fixture(scope="module")
 def memory(marian: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DatastoreMemory]:
-    with build_store(marian, tmp_path_factory.mktemp("parts") / "store", corpus_pairs(30), 100) as store:
+    with build_store(marian, tmp_path_factory.mktemp("parts") / "store", corpus_pairs(30), 10) as store:
         build_index(store, IndexConfig("Flat"))
         yield DatastoreMemory(store, open_index(store))
 

@@ -53,7 +53,7 @@ def marian(marian_folder: Path) -> KeyedModel:
 
 @pytest.fixture(scope="module")
 def store(marian: KeyedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Datastore]:
-    with build_store(marian, tmp_path_factory.mktemp("tuning") / "store", corpus_pairs(40), 100) as store:
+    with build_store(marian, tmp_path_factory.mktemp("tuning") / "store", corpus_pairs(40), 10) as store:
         build_index(store, IndexConfig("IVF4,Flat", train_points=160))
         build_index(store, IndexConfig("Flat", name="flat"))
         yield store
