@@ -8,6 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import decode
+import overlap
 
 
 def test_quick_run_compares_all_ways(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,3 +35,13 @@ def test_bfloat16_is_a_way_of_its_own() -> None:
     kinds = ("neighbors, beam 4", "neighbors, greedy", "plain, beam 4", "plain, greedy")
     assert sorted(map(str, more)) == [f"{kind}, bfloat16" for kind in kinds]
     assert all(way.options() == {"dtype": "bfloat16", "quantization": "none"} for way in more)
+
+
+def test_searching_beside_the_projection_is_compared_with_one_after_the_other(tmp_path: Path) -> None:
+    path = tmp_path / "overlap.json"
+    overlap.main(["--quick", "--threads", "1", "--json", str(path)])
+    result = json.loads(path.read_text())
+    medians = result["median_ms"]
+    assert {"projection", "search", "one after the other", "together"} <= medians.keys()
+    assert result["ratio"] == pytest.approx(medians["together"] / medians["one after the other"], rel=0.05)
+    assert ("projection, compiled" in medians) == result["compiling"].endswith(" s")
