@@ -32,7 +32,7 @@ from lightning_knnmt.backbone.config import load_model
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.config import DatastoreConfig
 from lightning_knnmt.building.datastore import build_datastore
-from lightning_knnmt.building.encoder import Item, Tokenized, in_shards, write_shard
+from lightning_knnmt.building.encoder import Item, Tokenized, blocks_of, write_shard
 from lightning_knnmt.data.batching import token_budget_batches
 from lightning_knnmt.data.boxes import box_batches
 from lightning_knnmt.data.readers import CorpusFile, read_pairs
@@ -94,7 +94,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def measure_stages(backbone: KeyedModel, config: DatastoreConfig, repeats: int) -> dict[str, Any]:
     """A build, its stages, and the bare forward pass, in turn."""
     pairs = list(enumerate(read_pairs(config.corpus)))
-    shards = list(in_shards(Tokenized(backbone, pairs), config.shard_pairs))
+    shards = list(blocks_of(Tokenized(backbone, pairs), config.shard_pairs))
     batches = [_batches(items, config) for items in shards]
     padded = [
         batch.to(backbone.device)

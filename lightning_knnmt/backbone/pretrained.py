@@ -161,9 +161,7 @@ class PretrainedModel(KeyedModel):
 
             def change(_: nn.Module, __: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
                 tokens = options["decoder_input_ids" if "decoder_input_ids" in options else "input_ids"]
-                mixed = mix(
-                    tap.latest[:, -1], output.logits[:, -1], tokens
-                )  # [R, T, D] -> [R, D]; T > 1 without a cache
+                mixed = mix(tap.latest[:, -1], output.logits[:, -1], tokens)  # of [R, T, ·]; T > 1 without a cache
                 output.logits = mixed.unsqueeze(1)  # [R, V] -> [R, 1, V]
                 return output
 

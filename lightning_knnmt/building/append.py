@@ -11,7 +11,7 @@ from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.change import Change, changing, keep_only, whole_indexes
 from lightning_knnmt.building.config import DatastoreConfig
 from lightning_knnmt.building.datastore import corpus_sha256, encode_rest
-from lightning_knnmt.building.encoder import Tokenized, in_shards
+from lightning_knnmt.building.encoder import Tokenized, blocks_of
 from lightning_knnmt.building.index import IndexBuild
 from lightning_knnmt.building.sentences import carry_sentences
 from lightning_knnmt.data.pairs import Pair
@@ -80,7 +80,7 @@ def _encode(
     begun.save(store.folder, BUILDING)
     keep_only(store.folder, before, begun)
     tokenized = Tokenized(model, ((first + place, pair) for place, pair in new[begun.pairs - before.pairs :]))
-    shards = in_shards(tokenized, config.shard_pairs)
+    shards = blocks_of(tokenized, config.shard_pairs)
     manifest = encode_rest(model, config, begun, shards, total=before.pairs + change.pairs)
     return replace(change, manifest=manifest, cut=tokenized.cut)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_knnmt.building.encoder import in_shards
+from lightning_knnmt.building.encoder import blocks_of
 from lightning_knnmt.data.pairs import Pair
 from lightning_knnmt.datastore.manifest import ShardInfo
 from lightning_knnmt.datastore.shard import OF_ENTRIES, TEXTS, ShardWriter
@@ -41,7 +41,7 @@ class Copying:
             for lengths in [self._lengths(shard)]
             for pair in np.flatnonzero(lengths)
         )
-        return in_shards(rows, self.store.manifest.pairs_of_a_shard)
+        return blocks_of(rows, self.store.manifest.pairs_of_a_shard)
 
     def write(self, path: Path, rows: list[Row]) -> ShardInfo:
         """Write a shard of some pairs.

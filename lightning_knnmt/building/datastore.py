@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from lightning_knnmt.backbone.keyed_model import KeyedModel
 from lightning_knnmt.building.config import DatastoreConfig, Destination
-from lightning_knnmt.building.encoder import Item, Tokenized, in_shards, one_ahead, write_shard
+from lightning_knnmt.building.encoder import Item, Tokenized, blocks_of, one_ahead, write_shard
 from lightning_knnmt.data.readers import CorpusFile, MalformedCorpusError, ReadReport, msgid_side, read_pairs
 from lightning_knnmt.datastore.manifest import Manifest, Provenance, ShardInfo, finish_building
 from lightning_knnmt.storage.errors import DatastoreError
@@ -108,7 +108,7 @@ def build_datastore(model: KeyedModel, config: DatastoreConfig, ranks: Ranks = R
         own = (each for each in missing if (each[0] - begun.pairs) // config.shard_pairs % ranks.size == ranks.rank)
         tokenized = Tokenized(model, own)
         try:
-            manifest = encode_rest(model, config, begun, in_shards(tokenized, config.shard_pairs), ranks)
+            manifest = encode_rest(model, config, begun, blocks_of(tokenized, config.shard_pairs), ranks)
         except MalformedCorpusError:
             if ranks.rank == 0 and not Manifest.load(folder, BUILDING).shards:  # there is nothing to continue from
                 (folder / BUILDING).unlink()

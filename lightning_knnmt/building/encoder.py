@@ -52,7 +52,7 @@ class Tokenized:
         self.cut = 0
 
     def __iter__(self) -> Iterator[Item]:
-        while rows := list(islice(self.pairs, TOKENIZED_AT_ONCE)):
+        for rows in blocks_of(self.pairs, TOKENIZED_AT_ONCE):
             ids = self.model.tokenize([pair.src for _, pair in rows], [pair.tgt for _, pair in rows])
             self.cut += ids.cut
             for (number, pair), src, tgt in zip(rows, ids.src, ids.tgt, strict=True):
@@ -60,16 +60,16 @@ class Tokenized:
             del rows, ids, pair
 
 
-def in_shards(items: Iterable[T], shard_pairs: int) -> Iterator[list[T]]:
-    """So many items at a time, in their order.
+def blocks_of(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """So many items at a time, in their order; a block is let go before the next one is made.
 
-    >>> list(in_shards("abcde", 2))
+    >>> list(blocks_of("abcde", 2))
     [['a', 'b'], ['c', 'd'], ['e']]
     """
     items = iter(items)
-    while shard := list(islice(items, shard_pairs)):
-        yield shard
-        del shard  # or three would be in memory
+    while block := list(islice(items, size)):
+        yield block
+        del block
 
 
 def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:

@@ -13,7 +13,7 @@ from lightning_knnmt.storage.layout import RESERVED
 Layout = Literal["whole", "shards"]
 Device = Literal["auto", "cpu", "gpu"]
 TorchSearch = Literal["torch_keys", "torch_codes"]
-SearchDevice = Literal["auto", "cpu", "gpu", "torch_keys", "torch_codes"]
+SearchDevice = Literal[Device, TorchSearch]
 LONGEST_FACTORY = 256  # characters; FAISS ends the process at a string of 400,000
 MOST_LISTS = 1 << 24
 HNSW_LISTS = 16384  # from which on a graph finds a query's lists faster than comparing it with all centroids
